@@ -1,0 +1,17 @@
+"""Errors a user can mend. The command line prints them without a traceback and exits with 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something in the input, the configuration or the machine has to change. The message says what was expected,
+    what came instead, and the likely fix."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'furniture'?"` for the nearest of `known`, or the empty string when nothing is near."""
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
