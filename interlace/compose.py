@@ -1,0 +1,82 @@
+"""Any image part with any text part, fused as one line says, with the parts' pre-trained weights inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from interlace import towers
+from interlace.config import VLConfig
+from interlace.data.processor import Augment, Processor
+from interlace.embed.patches import Patches
+from interlace.embed.stem import ImageStem, TextStem
+from interlace.errors import UserError
+from interlace.layers import Width
+from interlace.model import VLModel
+from interlace.objectives.base import Objective
+
+
+@dataclass
+class Composition:
+    """What to build. `text`, `image`: a shipped tower's name, a local transformers folder, or a hub name; `image` also
+    "patches": no tower, the schedule itself reads the pixels (ViLT)."""
+
+    text: str = "minilm"
+    image: str = "efficientnet-lite0"
+    fusion: str = "mid"  # late | mid | early: where the streams first meet
+    streams: str = "dual"  # single | dual: one set of weights or two
+    layers: int = 4  # of the schedule, after the towers
+    width: int = 384  # hidden size of both streams
+    heads: int = 6
+    dropout: float = 0.1
+    size: int = 160  # side of the picture in pixels
+    patch: int = 16  # for image="patches"
+    fit: str = "pad"  # pad | squash | crop: how a picture becomes a square
+    max_length: int = 40  # tokens
+
+
+def compose(what: Composition, objectives: list[Objective], augment: Augment | None = None) -> tuple[VLModel, Processor]:
+    """The model with pre-trained towers, and its processor. Raises UserError for towers or sizes that do not fit."""
+    tokenizer = towers.load_tokenizer(what.text)
+    config, image, text = _config(what, objectives)
+    model = VLModel(config)
+    model.text.tower.load_state_dict(text.model.state_dict())
+    model.text.start()
+    if image is not None:
+        model.image.tower.load_state_dict(image.model.state_dict())
+        model.image.start()
+    return model, _processor(what, config, tokenizer, augment or Augment())
+
+
+def _config(what: Composition, objectives: list[Objective]) -> tuple[VLConfig, towers.Tower | None, towers.Tower]:
+    if what.width % what.heads:
+        raise UserError(f"model.width {what.width} does not divide into model.heads {what.heads}.")
+    # pre-norm: the residual stream carries the towers' own features to the end from the first step on
+    width = Width(what.width, heads=what.heads, norm="pre", eps=1e-6, dropout=what.dropout, attention_dropout=what.dropout)
+    text = towers.load_tower(what.text, "text")
+    words = TextStem(width, pool="mean", tower=text.model.config.to_dict())
+    image = None
+    pixels: Patches | ImageStem
+    if what.image == "patches":
+        pixels = Patches(width, pool="mean", size=what.size, patch=what.patch)
+    else:
+        image = towers.load_tower(what.image, "image")
+        spec = towers.pixel_spec(what.image)
+        h, w = towers.grid_size(image.model, what.size)
+        pixels = ImageStem(width, pool="mean", tower=image.model.config.to_dict(), size=what.size, cells=h * w,
+                           prefix=image.extras.prefix, channels=image.hidden_size, mean=list(spec.mean),
+                           std=list(spec.std))  # fmt: skip
+    heads = {o.head: o.head_options() for o in objectives if o.head}
+    if "contrast" in heads and what.fusion == "mid":
+        heads["contrast"]["norm"] = True  # the contrast is taken before the closing norm
+    config = VLConfig(words, pixels, fusion=what.fusion, streams=what.streams, layers=what.layers, heads=heads)
+    return config, image, text
+
+
+def _processor(what: Composition, config: VLConfig, tokenizer: PreTrainedTokenizerBase, augment: Augment) -> Processor:
+    limit = getattr(tokenizer, "model_max_length", 512)
+    if what.max_length > limit:
+        raise UserError(f"model.max_length is {what.max_length}, but {what.text} takes at most {limit} tokens.")
+    return Processor(tokenizer, config.image.size, list(config.image.mean), list(config.image.std), what.fit,
+                     what.max_length, augment)  # fmt: skip

@@ -1,0 +1,119 @@
+"""A row's picture and words -> tensors. Saved beside the weights, so that a model never meets other pixels than its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from interlace.errors import UserError
+
+PROCESSOR_FILE = "preprocessor_config.json"
+
+
+@dataclass
+class Augment:
+    """How a training picture is varied. Every draw comes from the generator handed in, never from a global one."""
+
+    smallest_crop: float = 0.5  # share of the area, as in BLIP's fine-tuning; 1 = never crop
+    flip: bool = True  # left-right; turn off where left and right are asked about
+    colour: float = 0.2  # brightness, contrast and saturation each times 1 +- this
+
+    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+        width, height = picture.size
+        share = rng.uniform(self.smallest_crop, 1)
+        ratio = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
+        w = min(width, max(1, round(math.sqrt(share * width * height * ratio))))
+        h = min(height, max(1, round(math.sqrt(share * width * height / ratio))))
+        left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+        picture = picture.crop((left, top, left + w, top + h))
+        if self.flip and rng.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.colour:
+            for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+                picture = enhance(picture).enhance(1 + rng.uniform(-self.colour, self.colour))
+        return picture
+
+
+@dataclass
+class Processor:
+    """`size`: side in pixels. `fit`: "pad" keeps the shape on white, "squash" stretches to the square (BLIP's evaluation),
+    "crop" takes the centre. `max_length`: tokens, longer texts are cut."""
+
+    tokenizer: Any
+    size: int = 224
+    mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    fit: str = "pad"
+    max_length: int = 40
+    augment: Augment = field(default_factory=Augment)
+
+    def __post_init__(self) -> None:
+        if self.fit not in ("pad", "squash", "crop"):
+            raise UserError(f"fit is pad, squash or crop; got {self.fit!r}.")
+        if self.tokenizer is not None and self.tokenizer.pad_token_id is None:
+            raise UserError("the tokenizer has no padding token: set tokenizer.pad_token first.")
+
+    def square(self, picture: Image.Image) -> Image.Image:
+        """Any RGB picture -> (size, size)."""
+        if self.fit == "squash" or picture.width == picture.height:
+            return picture.resize((self.size, self.size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        side = (max if self.fit == "pad" else min)(picture.size)
+        w, h = (max(1, round(x * self.size / side)) for x in picture.size)
+        small = picture.resize((w, h), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        canvas = Image.new("RGB", (self.size, self.size), "white")
+        canvas.paste(small, ((self.size - w) // 2, (self.size - h) // 2))
+        return canvas
+
+    def picture(self, picture: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
+        """RGB picture -> uint8 (3, S, S); the model normalises on its own device. `rng`: augment."""
+        if rng is not None:
+            picture = self.augment(picture, rng)
+        return torch.from_numpy(np.asarray(self.square(picture)).transpose(2, 0, 1).copy())
+
+    def pictures(self, pictures: list[Image.Image]) -> Tensor:
+        """-> uint8 (B, 3, S, S)."""
+        return torch.stack([self.picture(p) for p in pictures])
+
+    def texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """-> ids (B, T), mask (B, T), padded on the right to the longest of the batch."""
+        out = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
+                             padding_side="right")  # fmt: skip
+        return out["input_ids"], out["attention_mask"]
+
+    def length(self, text: str) -> int:
+        """Tokens of the text uncut, special tokens included."""
+        return len(self.tokenizer(text, truncation=False)["input_ids"])
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.tokenizer.save_pretrained(folder)
+        plain = {k: v for k, v in asdict_shallow(self).items() if k != "tokenizer"}
+        (folder / PROCESSOR_FILE).write_text(json.dumps(plain, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Processor:
+        """Raises UserError when the folder has no processor."""
+        from transformers import AutoTokenizer
+
+        file = Path(folder) / PROCESSOR_FILE
+        if not file.is_file():
+            raise UserError(f"{folder} has no {PROCESSOR_FILE}: it is not a finished run folder.")
+        plain = json.loads(file.read_text())
+        plain["augment"] = Augment(**plain["augment"])
+        tokenizer = AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
+        return cls(tokenizer=tokenizer, **plain)
+
+
+def asdict_shallow(processor: Processor) -> dict[str, Any]:
+    """Like `asdict`, but leaves the tokenizer alone instead of copying it."""
+    plain = {k: getattr(processor, k) for k in processor.__dataclass_fields__}
+    plain["augment"] = asdict(processor.augment)
+    return plain

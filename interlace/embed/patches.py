@@ -1,0 +1,52 @@
+"""Patches as in ViT: one convolution, a class token, learned positions. Dosovitskiy et al. 2021, section 3.1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from interlace.embed.base import Embedder
+from interlace.errors import UserError
+
+
+@dataclass
+class Patches(Embedder):
+    size: int = 224  # pixels, the side the positions were made for
+    patch: int = 16
+    mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    name = "patches"
+    stream = "image"
+
+    def build(self) -> nn.Module:
+        return PatchEmbedding(self)
+
+
+class PatchEmbedding(nn.Module):
+    def __init__(self, spec: Patches):
+        super().__init__()
+        width = spec.width.size
+        if spec.size % spec.patch:
+            raise UserError(f"a picture of {spec.size} pixels does not divide into patches of {spec.patch}.")
+        self.side, self.patch = spec.size // spec.patch, spec.patch
+        self.project = nn.Conv2d(3, width, spec.patch, stride=spec.patch)
+        self.first = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + self.side**2, width))
+        self.dropout = nn.Dropout(spec.width.dropout)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, h, w), normalised -> (B, 1 + cells, D). Other sizes interpolate the positions, bicubic."""
+        if min(pixels.shape[-2:]) < self.patch:
+            raise UserError(f"a picture of {pixels.shape[-1]}x{pixels.shape[-2]} pixels is smaller than one patch "
+                            f"({self.patch}): resize it to at least that.")  # fmt: skip
+        cells = self.project(pixels)  # (B, D, h/p, w/p)
+        positions = self.positions
+        if cells.shape[-2:] != (self.side, self.side):
+            grid = positions[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid, cells.shape[-2:], mode="bicubic", align_corners=False)
+            positions = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+        x = torch.cat([self.first.expand(len(cells), -1, -1), cells.flatten(2).transpose(1, 2)], 1)
+        return self.dropout(x + positions)  # (B, 1+I, D)

@@ -1,0 +1,106 @@
+"""Any transformers tower before the schedule: ViT, BEiT, DeiT, a CNN; BERT, RoBERTa, GPT-2, MiniLM.
+
+The tower's configuration travels in ours, its weights in our file: a saved model needs nothing else to load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from interlace import towers
+from interlace.embed.base import Embedder
+from interlace.errors import UserError
+
+
+@dataclass
+class TextStem(Embedder):
+    """`tower`: the configuration (`to_dict()`) of a transformers text model."""
+
+    tower: dict[str, Any] = field(default_factory=dict)
+    name = "text_stem"
+    stream = "text"
+
+    def build(self) -> nn.Module:
+        return TextTower(self)
+
+
+@dataclass
+class ImageStem(Embedder):
+    """`tower`: the configuration of a transformers vision model. `cells`: how many grid cells it gives at `size` pixels,
+    after `prefix` tokens that are none (class token, registers)."""
+
+    tower: dict[str, Any] = field(default_factory=dict)
+    size: int = 224  # pixels
+    cells: int = 49
+    prefix: int = 0
+    channels: int = 1280
+    mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    name = "image_stem"
+    stream = "image"
+
+    def build(self) -> nn.Module:
+        return ImageTower(self)
+
+
+def empty_tower(config: dict[str, Any]) -> nn.Module:
+    """The tower with random weights, from its configuration alone."""
+    config = dict(config)
+    model_type = config.pop("model_type", None)
+    if model_type is None:
+        raise UserError("a tower's configuration has no model_type; save it with transformers' save_pretrained.")
+    return towers.build_tower(AutoConfig.for_model(model_type, **config))
+
+
+def _start_as_identity(linear: nn.Linear) -> None:
+    # the tower's own geometry (a sentence encoder's distances) is worth more than a random rotation of it
+    nn.init.eye_(linear.weight) if linear.in_features == linear.out_features else nn.init.orthogonal_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+class TextTower(nn.Module):
+    def __init__(self, spec: TextStem):
+        super().__init__()
+        self.tower = empty_tower(spec.tower)
+        self.project = nn.Linear(self.tower.config.hidden_size, spec.width.size)
+
+    def start(self) -> None:
+        _start_as_identity(self.project)
+
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None) -> Tensor:
+        """ids (B, T), mask (B, T) -> (B, T, D)."""
+        limit = getattr(self.tower.config, "max_position_embeddings", None)
+        if limit is not None and input_ids.shape[1] > limit:
+            raise UserError(f"a text of {input_ids.shape[1]} tokens, but the tower has {limit} positions: "
+                            "lower the maximum length.")  # fmt: skip
+        return self.project(self.tower(input_ids=input_ids, attention_mask=mask).last_hidden_state)
+
+
+class ImageTower(nn.Module):
+    def __init__(self, spec: ImageStem):
+        super().__init__()
+        self.tower = empty_tower(spec.tower)
+        self.keywords = towers.resize_positions(self.tower, spec.size)
+        self.prefix = spec.prefix
+        self.project = nn.Linear(spec.channels, spec.width.size)
+        # a CNN's cells do not know where they are
+        self.positions = nn.Parameter(torch.zeros(1, spec.cells, spec.width.size))
+
+    def start(self) -> None:
+        _start_as_identity(self.project)
+        nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S), normalised -> (B, I, D): the grid's cells, row by row; a tower's class token is left out, since
+        only the cells have places."""
+        states = self.tower(pixel_values=pixels, **self.keywords).last_hidden_state
+        states = towers.grid_tokens(states, self.prefix)  # (B, I, C)
+        if states.shape[1] != self.positions.shape[1]:
+            raise UserError(f"the tower gave {states.shape[1]} cells for a picture of {tuple(pixels.shape[-2:])} pixels, "
+                            f"the model was made for {self.positions.shape[1]}: use the size it was trained with.")  # fmt: skip
+        return self.project(states) + self.positions

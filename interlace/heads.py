@@ -1,0 +1,81 @@
+"""What reads the states at the end: one small module per kind of answer. Each is built from `VLConfig.heads`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from interlace.errors import UserError, suggest
+
+
+class Contrast(nn.Module):
+    """Both pooled vectors into one space. Radford et al. 2021 (CLIP), section 2.3.
+
+    The logit scale starts at ln(1/0.07) and is clamped to [0, ln 100] as in the release. `norm`: the streams arrive
+    without a closing norm (a pre-norm model contrasted before its fusion layers), so norm them here.
+    """
+
+    def __init__(self, text: int, image: int, size: int = 256, temperature: float = 0.07, norm: bool = False):
+        super().__init__()
+        self.norm = nn.ModuleDict({"text": nn.LayerNorm(text), "image": nn.LayerNorm(image)}) if norm else None
+        self.text, self.image = nn.Linear(text, size, bias=False), nn.Linear(image, size, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+
+    @property
+    def scale(self) -> Tensor:
+        return self.logit_scale.clamp(0, math.log(100)).exp()
+
+    def project(self, pooled: Tensor, stream: str) -> Tensor:
+        """(B, D) -> (B, P), L2-normalised. `stream`: "text" or "image"."""
+        if self.norm is not None:
+            pooled = self.norm[stream](pooled)
+        return F.normalize(getattr(self, stream)(pooled).float(), dim=-1)
+
+
+class Pair(nn.Module):
+    """Pooled text u and image v -> [u; v; u*v], normed, through one hidden layer: the pair as one vector.
+
+    The product is what lets late fusion, whose streams never met, compare them (VQA and NLVR baselines; VOLTA's `mul`).
+    """
+
+    def __init__(self, text: int, image: int, hidden: int, out: int, dropout: float = 0.1):
+        super().__init__()
+        common = min(text, image)
+        self.text, self.image = nn.Linear(text, common), nn.Linear(image, common)
+        self.norm = nn.LayerNorm(3 * common)
+        self.hidden = nn.Linear(3 * common, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(hidden, out)
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:  # (B, Dt), (B, Di) -> (B, out)
+        u, v = self.text(text), self.image(image)
+        x = self.norm(torch.cat([u, v, u * v], -1))
+        return self.out(self.dropout(F.gelu(self.hidden(x))))
+
+
+class Match(Pair):
+    """Do text and image belong together? Two classes, index 1 = match."""
+
+    def __init__(self, text: int, image: int):
+        super().__init__(text, image, hidden=min(text, image), out=2)
+
+
+class Answers(Pair):
+    """One of a closed list of answers, from the pooled pair."""
+
+    def __init__(self, text: int, image: int, labels: int):
+        super().__init__(text, image, hidden=2 * min(text, image), out=labels)
+
+
+HEADS = {"contrast": Contrast, "match": Match, "answers": Answers}
+
+
+def build_head(name: str, options: dict[str, Any], text: int, image: int) -> nn.Module:
+    """The head of that name for streams of these widths. Raises UserError for an unknown name."""
+    if name not in HEADS:
+        raise UserError(f"no head is called {name!r} (known: {', '.join(HEADS)}).{suggest(name, HEADS)}")
+    return HEADS[name](text, image, **options)

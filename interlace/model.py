@@ -1,0 +1,197 @@
+"""The model: embed, run the schedule, pool, head. Deterministic given the batch (and dropout)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from interlace.config import VLConfig
+from interlace.embed.base import pool
+from interlace.errors import UserError
+from interlace.heads import build_head
+from interlace.schedule import Schedule
+from interlace.streams import Streams, Visibility, everyone
+
+
+class Half(NamedTuple):
+    """One stream as far as it can be computed without the other. Cheap to index by row, so that one encoded image can
+    stand beside several texts."""
+
+    states: Tensor  # (B, L, D)
+    mask: Tensor | None  # (B, L), 1 = real; None = all real
+
+    def rows(self, index: Tensor) -> Half:
+        return Half(self.states[index], None if self.mask is None else self.mask[index])
+
+    def join(self, other: Half) -> Half:
+        """The rows of both, one under the other; the shorter is padded. Raises nothing: lengths may differ."""
+        long = max(self.states.shape[1], other.states.shape[1])
+        if self.states.shape[1] == other.states.shape[1] and self.mask is None and other.mask is None:
+            return Half(torch.cat([self.states, other.states]), None)
+        parts = [half.padded(long) for half in (self, other)]
+        return Half(torch.cat([p.states for p in parts]), torch.cat([p.mask for p in parts]))  # type: ignore[misc]
+
+    def padded(self, length: int) -> Half:
+        extra = length - self.states.shape[1]
+        mask = torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device) if self.mask is None else self.mask.bool()
+        if not extra:
+            return Half(self.states, mask)
+        return Half(nn.functional.pad(self.states, (0, 0, 0, extra)), nn.functional.pad(mask, (0, extra)))
+
+
+@dataclass
+class VLOutput(ModelOutput):
+    """States of both streams at the end of the schedule."""
+
+    text: Tensor | None = None  # (B, T, D_text)
+    image: Tensor | None = None  # (B, I, D_image)
+    pooled_text: Tensor | None = None  # (B, D_text)
+    pooled_image: Tensor | None = None  # (B, D_image)
+
+
+class VLModel(PreTrainedModel):
+    """Two embedders, a schedule, heads. `save_pretrained`, `from_pretrained`, `push_to_hub` as in transformers."""
+
+    config_class = VLConfig
+    base_model_prefix = "interlace"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    accepts_loss_kwargs = False  # our losses are means: transformers must divide by the accumulation steps itself
+
+    def __init__(self, config: VLConfig):
+        super().__init__(config)
+        self.text, self.image = config.text.build(), config.image.build()
+        self.schedule = Schedule(config.segments, config.text.width, config.image.width)
+        widths = config.text.width.size, config.image.width.size
+        self.heads = nn.ModuleDict({name: build_head(name, o, *widths) for name, o in config.heads.items()})
+        spec = config.image
+        if hasattr(spec, "mean"):
+            self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(3, 1, 1))
+            self.register_buffer("pixel_std", torch.tensor(spec.std).view(3, 1, 1))
+        self.frozen: tuple[str, ...] = ()
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # BERT's and ViT's: normal, 0.02. Towers are initialised by their own class and then overwritten by their weights
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                with torch.no_grad():
+                    module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    # ------------------------------------------------------------------------------------------ shape of the model
+
+    @property
+    def fusion_depth(self) -> int:
+        return self.schedule.fusion_depth
+
+    @property
+    def fuses(self) -> bool:
+        """False for late fusion: no layer lets the streams meet."""
+        return self.fusion_depth < len(self.schedule.layers())
+
+    def freeze(self, *streams: str) -> None:
+        """The towers (not their projections) of these streams, "text" and/or "image", stop learning: no gradient,
+        and norm statistics and dropout as in evaluation, whatever mode the model is in."""
+        for stream in streams:
+            tower = getattr(getattr(self, stream), "tower", None)
+            if tower is None:
+                raise UserError(f"the {stream} part has no tower to freeze; only stems have.")
+            tower.requires_grad_(False)
+        self.frozen = tuple(streams)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> VLModel:
+        super().train(mode)
+        for stream in getattr(self, "frozen", ()):
+            getattr(self, stream).tower.eval()
+        return self
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None) -> None:
+        self.schedule.gradient_checkpointing = enable
+
+    # ------------------------------------------------------------------------------------------------------- halves
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) -> normalised float. Floats are taken as normalised already."""
+        if pixels.dtype == torch.uint8:
+            dtype = self.pixel_mean.dtype
+            return (pixels.to(dtype) / 255 - self.pixel_mean) / self.pixel_std
+        return pixels
+
+    def see(self, text_mask: Tensor | None, image_mask: Tensor | None) -> Visibility:
+        return everyone(text_mask, image_mask)
+
+    def half_text(self, input_ids: Tensor, mask: Tensor | None = None) -> Half:
+        """Words (B, T) -> the text stream just before fusion."""
+        states = self.text(input_ids, mask)
+        streams = self.schedule.run(Streams(states, None), everyone(mask, None), stop=self._alone)
+        return Half(streams.text, mask)  # type: ignore[arg-type]
+
+    def half_image(self, pixel_values: Tensor, mask: Tensor | None = None) -> Half:
+        """Pixels (B, 3, S, S), uint8 or normalised float -> the image stream just before fusion."""
+        states = self.image(self.normalise(pixel_values))
+        streams = self.schedule.run(Streams(None, states), everyone(None, mask), stop=self._alone)
+        return Half(streams.image, mask)  # type: ignore[arg-type]
+
+    @property
+    def _alone(self) -> int:
+        return self.fusion_depth if self.fuses else len(self.schedule.layers())
+
+    def fuse(self, text: Half, image: Half, see: Visibility | None = None) -> VLOutput:
+        """From the halves to the end of the schedule. With late fusion nothing is left to do."""
+        see = everyone(text.mask, image.mask) if see is None else see
+        streams = self.schedule.run(Streams(text.states, image.states), see, start=self._alone)
+        return VLOutput(
+            streams.text,
+            streams.image,
+            pool(streams.text, text.mask, self.config.text.pool),  # type: ignore[arg-type]
+            pool(streams.image, image.mask, self.config.image.pool),  # type: ignore[arg-type]
+        )
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_) -> VLOutput:
+        """Words (B, T) and pixels (B, 3, S, S) -> states of both streams."""
+        return self.fuse(self.half_text(input_ids, attention_mask), self.half_image(pixel_values))
+
+    # -------------------------------------------------------------------------------------------------- one vector
+
+    def alone(self, half: Half, stream: str) -> Tensor:
+        """A stream's vector in the contrast space without the other stream: (B, P), L2-normalised.
+
+        Where the streams first meet after some layers of their own, that is where the half already stands (ALBEF: align
+        before fusing). Where they meet in the very first layer, the schedule runs to its end with the partner absent.
+        """
+        if "contrast" not in self.heads:
+            raise UserError("this model has no contrast head, so a text or picture alone has no vector; "
+                            "train it with the itc objective.")  # fmt: skip
+        states = half.states
+        if self.fuses and self.fusion_depth == 0:
+            text = stream == "text"
+            streams = Streams(states, None) if text else Streams(None, states)
+            see = everyone(half.mask, None) if text else everyone(None, half.mask)
+            out = self.schedule.run(streams, see)
+            states = out.text if text else out.image  # type: ignore[assignment]
+        how = getattr(self.config, stream).pool
+        return self.heads["contrast"].project(pool(states, half.mask, how), stream)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, P), L2-normalised."""
+        return self.alone(self.half_text(input_ids, attention_mask), "text")
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, P), L2-normalised."""
+        return self.alone(self.half_image(pixel_values), "image")
+
+
+AutoModel.register(VLConfig, VLModel)
