@@ -491,11 +491,18 @@ def _side(size: Any, default: int) -> int:
 
 # ------------------------------------------------------------------------------------------------------------ words
 
+VOCABULARIES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+                "sentencepiece.bpe.model")
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The text tower's tokenizer, padding on the right. One without a padding token (GPT-2) pads with its end token:
     only `attention_mask` tells such padding from text, never a comparison of ids. Raises UserError if it has neither.
     """
     folder = resolve_tower(name, "text")
+    if not any((folder / file).is_file() for file in VOCABULARIES):  # transformers would make up an empty one
+        raise UserError(f"Tower {name} has no tokenizer in {folder} (expected tokenizer.json or its like). Copy the "
+                        "tokenizer's files there; save_pretrained of the tokenizer writes them.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:

@@ -226,9 +226,10 @@ class EfficientNetLiteModel(PreTrainedModel):
         elif isinstance(module, nn.BatchNorm2d):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
+            statistics = dict(module.named_buffers())
+            init.zeros_(statistics["running_mean"])
+            init.ones_(statistics["running_var"])
+            init.zeros_(statistics["num_batches_tracked"])
 
 
 # The PyTorch release's names (package efficientnet-lite-pytorch) and ours; {n} counts blocks. None: dropped on purpose.
