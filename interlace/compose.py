@@ -36,11 +36,12 @@ class Composition:
     max_length: int = 40  # tokens
 
 
-def compose(what: Composition, objectives: list[Objective], augment: Augment | None = None) -> tuple[VLModel, Processor]:
+def compose(what: Composition, objectives: list[Objective], augment: Augment | None = None,
+            model_class: type[VLModel] = VLModel) -> tuple[VLModel, Processor]:  # fmt: skip
     """The model with pre-trained towers, and its processor. Raises UserError for towers or sizes that do not fit."""
     tokenizer = towers.load_tokenizer(what.text)
     config, image, text = _config(what, objectives)
-    model = VLModel(config)
+    model = model_class(config)
     model.text.tower.load_state_dict(text.model.state_dict())
     model.text.start()
     if image is not None:

@@ -1,0 +1,98 @@
+"""The loss plot and the model card of a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from interlace.model import VLModel
+from interlace.settings import Settings
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The lines of log.jsonl that hold numbers of a step; a torn last line is left out."""
+    lines = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "step" in entry:
+            lines.append(entry)
+    return lines
+
+
+def plot_losses(log: Path, out: Path) -> None:
+    """One panel per objective: its loss, and its accuracy where it logs one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = read_log(log)
+    names = [n for n in ("loss", "itc", "itm", "vqa") if any(n in e for e in entries)]
+    if not names:
+        return
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 2.8), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names):
+        points = [(e["step"], e[name]) for e in entries if name in e]
+        axis.plot(*zip(*points), color="#1f5f8b", linewidth=1.5)
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        right = [(e["step"], e[f"{name}_accuracy"]) for e in entries if f"{name}_accuracy" in e]
+        if right:
+            twin = axis.twinx()
+            twin.plot(*zip(*right), color="#c4622d", linewidth=1, linestyle="--")
+            twin.set_ylim(0, 1)
+            twin.set_ylabel("accuracy (dashed)")
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def model_card(out: Path, settings: Settings, model: VLModel, facts: dict[str, Any]) -> str:
+    """README.md of the run folder, in the form model hubs read."""
+    from interlace.evaluate import markdown
+
+    file = out / "metrics.json"
+    metrics = json.loads(file.read_text()) if file.is_file() else None
+    data = json.loads((out / "data.json").read_text())
+    count = sum(p.numel() for p in model.parameters())
+    learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    results = f"""## Results
+
+Split `{metrics["split"]}`, {metrics["rows"]} rows, per cent. Blind: the same model shown another row's picture or a white one.
+
+{markdown(metrics)}
+""" if metrics else ""  # fmt: skip
+    return f"""---
+library_name: interlace
+tags: [vision-language, image-text-retrieval, visual-question-answering]
+---
+# {out.name}
+
+{settings.model.fusion.capitalize()} fusion, {settings.model.streams} stream, {settings.model.layers} layers of width {settings.model.width}
+over `{settings.model.image}` ({settings.model.size} pixels) and `{settings.model.text}`. {count / 1e6:.1f} M parameters, of
+which {learnt / 1e6:.1f} M were trained, by {", ".join(settings.objectives)}, for {facts["steps"]} steps of
+{settings.train.batch} rows in {facts["train_seconds"] / 60:.1f} minutes.
+
+```
+{model.config.describe()}
+```
+
+## Data
+
+`{data["source"]}`: {data["rows"]} rows, {data["questions"]} questions; {facts["skipped"]} pictures skipped as unreadable.
+Fingerprint `{data["fingerprint"][:16]}`. Licence: {data["licence"] or "not stated"}
+
+{results}
+![losses](loss.png)
+
+## Use
+
+```
+interlace search {out.name} "a wooden chair"
+interlace answer {out.name} picture.jpg "what is it?"
+interlace demo {out.name}
+```
+"""

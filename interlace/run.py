@@ -1,0 +1,184 @@
+"""The run folder: the one artefact. Weights, configuration, processor, tokenizer, answers, metrics, card; every command
+takes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from interlace.data.processor import PROCESSOR_FILE, Processor
+from interlace.errors import UserError
+from interlace.model import VLModel
+
+MARK = "run.json"  # written last: a folder without it is not finished
+WEIGHTS = "model.safetensors"
+ANSWERS = "answers.json"
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Written aside and renamed, so that a reader sees the old file or the new one, never half of it."""
+    aside = file.with_name(file.name + ".part")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(file)
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over weights, configuration and processor: what decides a picture's vector."""
+    digest = hashlib.sha256()
+    for name in (WEIGHTS, "config.json", PROCESSOR_FILE, "tokenizer.json"):
+        file = folder / name
+        if file.is_file():
+            digest.update(name.encode())
+            with open(file, "rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def save_run(folder: str | Path, model: VLModel, processor: Processor, answers: list[str] | None = None,
+             temperature: float = 1.0, **facts: Any) -> Path:  # fmt: skip
+    """Everything a loaded run needs; `facts` go into run.json. The mark is removed first and written last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).unlink(missing_ok=True)
+    model.config.architectures = ["VLModel"]
+    model.save_pretrained(folder)
+    processor.save(folder)
+    if answers:
+        write_json(folder / ANSWERS, {"answers": answers, "temperature": temperature})
+    write_json(folder / MARK, {"fingerprint": fingerprint(folder), "weights_bytes": (folder / WEIGHTS).stat().st_size, **facts})
+    return folder
+
+
+class Run:
+    """A loaded run folder. Texts and pictures in, vectors, probabilities and answers out."""
+
+    def __init__(self, folder: Path, model: VLModel, processor: Processor, answers: list[str], temperature: float,
+                 facts: dict[str, Any]):  # fmt: skip
+        self.folder, self.model, self.processor = folder, model.eval(), processor
+        self.answers, self.temperature, self.facts = answers, temperature, facts
+        self.fingerprint: str = facts["fingerprint"]
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device | None = None) -> Run:
+        """Raises UserError for a folder that is not there, not a run, half-written or damaged."""
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"no run folder at {folder}. `interlace train` writes one; give its path.")
+        if not (folder / MARK).is_file():
+            if (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file():
+                raise UserError(f"the run in {folder} is not finished: it has no {MARK}. Start the same `interlace train` "
+                                "command again, it resumes from the newest complete checkpoint.")  # fmt: skip
+            raise UserError(f"{folder} is not a run folder: it has no {MARK}. `interlace train` writes one.")
+        try:
+            facts = json.loads((folder / MARK).read_text())
+            whole = (folder / WEIGHTS).stat().st_size == facts["weights_bytes"]
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(f"{folder} is damaged: {error}. Copy the run again, or train it again.") from None
+        if not whole:
+            raise UserError(f"{folder}/{WEIGHTS} has {(folder / WEIGHTS).stat().st_size:,} bytes and should have "
+                            f"{facts['weights_bytes']:,}: the copy is incomplete. Copy the run again.")  # fmt: skip
+        answers = {"answers": [], "temperature": 1.0}
+        if (folder / ANSWERS).is_file():
+            answers = json.loads((folder / ANSWERS).read_text())
+        model = VLModel.from_pretrained(folder, local_files_only=True)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(folder, model.to(device), Processor.load(folder), answers["answers"], answers["temperature"], facts)  # type: ignore[arg-type]
+
+    # ---------------------------------------------------------------------------------------------------- vectors
+
+    @property
+    def dim(self) -> int:
+        return self.model.config.heads["contrast"]["size"] if "contrast" in self.model.heads else 0
+
+    @property
+    def can_match(self) -> bool:
+        return "match" in self.model.heads
+
+    @property
+    def can_answer(self) -> bool:
+        return "answers" in self.model.heads and bool(self.answers)
+
+    def _words(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        ids, mask = self.processor.texts(texts)
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _pixels(self, pictures: list[Image.Image]) -> Tensor:
+        return self.processor.pictures(pictures).to(self.model.device)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Iterable[str], batch: int = 128) -> np.ndarray:
+        """-> (N, D) float32, L2-normalised. Raises UserError when the run has no contrast head."""
+        parts = [self.model.encode_text(*self._words(chunk)).float().cpu().numpy() for chunk in chunks(texts, batch)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+
+    @torch.inference_mode()
+    def encode_pictures(self, pictures: Iterable[Image.Image], batch: int = 32) -> np.ndarray:
+        """-> (N, D) float32, L2-normalised; any iterable, only one batch of it is held at a time."""
+        parts = [self.model.encode_image(self._pixels(chunk)).float().cpu().numpy() for chunk in chunks(pictures, batch)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+
+    # --------------------------------------------------------------------------------------------------- the fused
+
+    @torch.inference_mode()
+    def match(self, text: str, pictures: Iterable[Image.Image], batch: int = 32) -> np.ndarray:
+        """(N,) probability that the text belongs to each picture; the text is encoded once."""
+        if not self.can_match:
+            raise UserError(f"the run in {self.folder} has no match head: train it with the itm objective.")
+        half, out = self.model.half_text(*self._words([text])), []
+        for chunk in chunks(pictures, batch):
+            image = self.model.half_image(self._pixels(chunk))
+            fused = self.model.fuse(half.rows(torch.zeros(len(chunk), dtype=torch.long)), image)
+            logits = self.model.heads["match"](fused.pooled_text, fused.pooled_image).float()
+            out.append(logits.softmax(-1)[:, 1].cpu().numpy())
+        return np.concatenate(out) if out else np.zeros(0, np.float32)
+
+    @torch.inference_mode()
+    def answer_logits(self, pictures: list[Image.Image], questions: list[str]) -> Tensor:
+        """One question each -> (N, A) logits over the answer list."""
+        if not self.can_answer:
+            raise UserError(f"the run in {self.folder} does not answer questions: train it with the vqa objective.")
+        out = self.model.fuse(self.model.half_text(*self._words(questions)), self.model.half_image(self._pixels(pictures)))
+        return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
+
+    def answer(self, picture: Image.Image, question: str, allowed: list[str] | None = None) -> list[tuple[str, float]]:
+        """Answers with their probabilities, best first; they sum to 1 over the allowed ones and never leave the list.
+        Raises UserError for an empty question or an allowed answer the run does not know."""
+        if not question.strip():
+            raise UserError("the question is empty: ask something, such as \"what is it?\".")
+        keep = self.allowed(allowed)
+        logits = self.answer_logits([picture], [question])[0, keep]
+        probabilities = (logits / self.temperature).softmax(-1).tolist()
+        return sorted(zip([self.answers[n] for n in keep], probabilities), key=lambda pair: -pair[1])
+
+    def allowed(self, allowed: list[str] | None) -> list[int]:
+        """Positions in the answer list; names are compared without case."""
+        from interlace.errors import suggest
+
+        if not self.can_answer:
+            raise UserError(f"the run in {self.folder} does not answer questions: train it with the vqa objective.")
+        if allowed is None:
+            return list(range(len(self.answers)))
+        index = {a.lower(): n for n, a in enumerate(self.answers)}
+        unknown = [a for a in allowed if a.strip().lower() not in index]
+        if unknown or not allowed:
+            hint = suggest(unknown[0].strip().lower(), index) if unknown else ""
+            raise UserError(f"not among the {len(index)} answers this run knows: {', '.join(unknown) or '(nothing given)'}."
+                            f"{hint}")  # fmt: skip
+        return sorted({index[a.strip().lower()] for a in allowed})
+
+
+def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,139 @@
+"""One YAML, dotted overrides: what a run is made of. Typed, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from interlace.compose import Composition
+from interlace.data.processor import Augment
+from interlace.errors import UserError, suggest
+
+
+@dataclass
+class DataSettings:
+    """`source`: a sample set's name, a path, or several of either. `columns`: ours -> theirs, e.g. {caption: title}."""
+
+    source: str | list[str] = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    max_skipped: float = 0.1  # the run stops when more than this share of the pictures it asked for cannot be read
+    workers: int = 0  # loader processes; 0 decodes in the main one
+
+
+@dataclass
+class TrainSettings:
+    out: str = "runs/latest"
+    epochs: float = 20
+    steps: int = 0  # 0: as many as `epochs` gives
+    batch: int = 64  # rows per optimiser step and rank
+    accumulate: int = 1  # micro-batches the batch is split into
+    lr: float = 5e-4  # of everything that starts untrained
+    text_lr: float = 2e-5  # of the text tower; 0 freezes it
+    image_lr: float = 0.0  # of the image tower; 0 freezes it
+    weight_decay: float = 0.05
+    warmup: float = 0.1  # share of the steps
+    clip: float = 1.0  # gradient norm
+    seed: int = 0
+    bf16: bool = False
+    checkpoint_every: int = 200  # steps
+    log_every: int = 10  # steps
+    keep_checkpoints: bool = False  # after the run has finished
+    evaluate: bool = True  # on the validation split, at the end
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class Settings:
+    data: DataSettings = field(default_factory=DataSettings)
+    model: Composition = field(default_factory=Composition)
+    augment: Augment = field(default_factory=Augment)
+    objectives: dict[str, dict[str, Any]] = field(default_factory=lambda: {"itc": {}, "itm": {}, "vqa": {}})
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, file: Path) -> None:
+        file.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def load_settings(file: str | Path | None, overrides: list[str] | None = None) -> Settings:
+    """A YAML file (or the name of a shipped recipe) with `key.sub=value` laid over it.
+
+    Raises UserError for a file that is not there, a misspelt key (with the nearest one) or a value of the wrong type.
+    """
+    given: Any = {}
+    if file is not None:
+        path = find_recipe(file)
+        try:
+            given = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not YAML: {error}") from None
+        if not isinstance(given, dict):
+            raise UserError(f"{path}: expected a mapping with {', '.join(_names(Settings))}; got {type(given).__name__}.")
+    given.setdefault("objectives", Settings().objectives)
+    for override in overrides or []:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise UserError(f"{override!r} is no override: write key.sub=value, for instance train.batch=32.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _lay(given, key.strip().split("."), value, override)
+    # an objective without options may be written as a bare line, `itc:`, and left out again by `objectives.itm=false`
+    if isinstance(given["objectives"], dict):
+        given["objectives"] = {name: options or {} for name, options in given["objectives"].items() if options is not False}
+    _check_keys(Settings, given, "")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Settings, None)
+    try:
+        return Settings(**parser.instantiate(parser.parse_object(given)))
+    except argparse.ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def find_recipe(file: str | Path) -> Path:
+    """A path, or the name of a recipe that ships with the package."""
+    path = Path(file).expanduser()
+    if path.is_file():
+        return path
+    shipped = {p.stem: p for p in (Path(__file__).parent / "recipes").glob("*.yaml")}
+    if str(file) in shipped:
+        return shipped[str(file)]
+    raise UserError(f"no config at {path}, and no shipped recipe of that name (there are: "
+                    f"{', '.join(sorted(shipped)) or 'none'}).{suggest(str(file), shipped)}")  # fmt: skip
+
+
+def _lay(given: dict, keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        if given.get(key) is None:
+            given[key] = {}
+        given = given[key]
+        if not isinstance(given, dict):
+            raise UserError(f"{override!r}: {key!r} is a value, it has no parts.")
+    given[keys[-1]] = value
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _check_keys(cls: type, given: Any, at: str) -> None:
+    """jsonargparse checks types and names the key; the nearest right key is ours to say."""
+    if not isinstance(given, dict):
+        raise UserError(f"{at or 'the config'}: expected {', '.join(_names(cls))}; got {given!r}.")
+    hints = typing.get_type_hints(cls)
+    for key, value in given.items():
+        where = f"{at}.{key}" if at else str(key)
+        if key not in hints:
+            raise UserError(f"unknown key {where!r}; {at or 'a config'} has {', '.join(hints)}.{suggest(str(key), hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            _check_keys(typing.cast(type, hints[key]), value, where)

@@ -1,0 +1,312 @@
+"""A recipe on transformers' Trainer: from settings to a finished run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments
+
+from interlace.checkpoints import SafeTrainer, newest_complete
+from interlace.compose import compose
+from interlace.data.batches import Collate, EpochSampler, Samples
+from interlace.data.processor import Processor
+from interlace.data.rows import Source
+from interlace.data.sources import open_source
+from interlace.errors import UserError
+from interlace.learner import Learner
+from interlace.objectives import Objective, Others, build_objective
+from interlace.objectives.itc import gather
+from interlace.run import MARK, Run, save_run, write_json
+from interlace.settings import Settings
+
+CHECKPOINTS = "checkpoints"
+LOG = "log.jsonl"
+
+
+def answer_list(source: Source, min_count: int = 1, split: str = "train") -> list[str]:
+    """The answers of the training questions, most frequent first, ties by name: the order is the label's number."""
+    counts: Counter[str] = Counter()
+    for question in source.questions(split):
+        counts.update({a for a, score in question.answers if score > 0})
+    kept = [(a, n) for a, n in counts.items() if n >= min_count]
+    return [a for a, _ in sorted(kept, key=lambda pair: (-pair[1], pair[0]))]
+
+
+def build_objectives(settings: Settings, source: Source) -> list[tuple[Objective, float]]:
+    """(objective, weight) in the order of the config. Raises UserError when the data cannot feed one of them."""
+    built = []
+    for name, given in settings.objectives.items():
+        options = dict(given)
+        weight = options.pop("weight", 1.0)
+        if name == "vqa" and not options.get("answers"):
+            options["answers"] = answer_list(source, options.get("min_count", 1))
+            if not options["answers"]:
+                raise UserError(f"the vqa objective needs questions with answers, and {source.name} has none in its train "
+                                "split: add a questions file, or leave vqa out (objectives.vqa=false).")  # fmt: skip
+        if name in ("itc", "itm") and not any(c.strip() for c in source.captions().to_pylist()[:1000]):
+            raise UserError(f"the {name} objective needs captions, and the first 1,000 rows of {source.name} have none: "
+                            "name the column (data.columns={caption: ...}) or leave it out.")  # fmt: skip
+        built.append((build_objective(name, options), float(weight)))
+    if not built:
+        raise UserError("no objective is left to learn by: give at least one of itc, itm, vqa.")
+    return built
+
+
+class VLTrainer(SafeTrainer):
+    """What vision-language training adds to the safe trainer: rows by (epoch, position), learning rates by part, losses
+    by name, and a contrast whose batch is the whole batch under gradient accumulation."""
+
+    def __init__(self, *args: Any, learner: Learner, settings: Settings, **kwargs: Any):
+        super().__init__(*args, model=learner, **kwargs)
+        self.learner, self.settings = learner, settings
+        self.skipped: dict[str, str] = {}
+        self.asked = 0
+        self._waiting: list[tuple[Any, Others]] = []
+
+    def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
+        return EpochSampler(len(self.train_dataset), self.args.seed)  # type: ignore[arg-type]
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            t = self.settings.train
+            groups: dict[tuple[float, float], list[Tensor]] = {}
+            for name, p in self.learner.named_parameters():
+                if not p.requires_grad:
+                    continue
+                rate = t.text_lr if name.startswith("text.tower.") else t.image_lr if name.startswith("image.tower.") else t.lr
+                decay = t.weight_decay if p.ndim > 1 and "positions" not in name else 0.0  # not norms, biases, scales
+                groups.setdefault((rate, decay), []).append(p)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()],
+                betas=(0.9, 0.98), eps=1e-6)  # METER's, UNITER's  # fmt: skip
+        return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._waiting = self._constants(samples) if len(samples) > 1 and "contrast" in self.learner.heads else []
+        return samples, items
+
+    @torch.no_grad()
+    def _constants(self, samples: list[dict]) -> list[tuple[Any, Others]]:
+        """For each micro-batch: the random state it was encoded with, and the vectors of all the others."""
+        self.learner.train()
+        states, vectors = [], []
+        for sample in samples:
+            sample = self._prepare_inputs(sample)
+            states.append(_random_state())
+            with self.compute_loss_context_manager():
+                image, text = self.learner.vectors(sample)
+            vectors.append((gather(text), gather(image), gather(sample["group"]), gather(sample["caption_real"])))
+        waiting = []
+        for n, state in enumerate(states):
+            rest = [v for m, v in enumerate(vectors) if m != n]
+            waiting.append((state, Others(*(torch.cat(column) for column in zip(*rest)), parts=len(samples))))
+        return waiting
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        skipped = inputs.pop("skipped")
+        self.asked += len(inputs["rows"]) + len(skipped)
+        self.skipped.update(skipped)
+        self._too_many_skipped()
+        if self._waiting:
+            state, inputs["others"] = self._waiting.pop(0)
+            _set_random_state(state)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _too_many_skipped(self) -> None:
+        if self.asked >= 200 and len(self.skipped) > self.settings.data.max_skipped * self.asked:
+            first = ", ".join(f"{row}: {why}" for row, why in list(self.skipped.items())[:3])
+            raise UserError(f"{len(self.skipped)} of the first {self.asked} pictures could not be read ({first}, ...): more "
+                            f"than data.max_skipped={self.settings.data.max_skipped:.0%}. Run `interlace data check`.")  # fmt: skip
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update({k: round(v, 5) for k, v in self.learner.pop_logs().items() if k != "itc_rows"})
+        super().log(logs, start_time)
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+class CollapseAlarm(TrainerCallback):
+    """Says so when an objective has stopped telling things apart: ITM predicts one class, or ITC's loss is that of
+    knowing nothing. Once per objective; a healthy log in between arms it again."""
+
+    def __init__(self, after: int, patience: int = 5):
+        self.after, self.patience = after, patience
+        self.bad: Counter[str] = Counter()
+        self.raised: list[str] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        logs = logs or {}
+        if state.global_step < self.after:
+            return
+        signs = {}
+        if "itm_positive" in logs:
+            share = logs["itm_positive"]
+            signs["itm"] = (share < 0.02 or share > 0.98, f"itm predicts one class ({share:.0%} match): lower train.lr, or "
+                            "start with objectives.itm.negatives=drawn and let itc learn first")  # fmt: skip
+        if "itc" in logs:
+            signs["itc"] = (logs["itc"] > 0.98 * logs["itc_chance"], f"itc is at {logs['itc']:.2f}, the loss of knowing "
+                            f"nothing is ln(batch) = {logs['itc_chance']:.2f}: raise train.lr or check that captions belong "
+                            "to their pictures")  # fmt: skip
+        for name, (bad, why) in signs.items():
+            self.bad[name] = self.bad[name] + 1 if bad else 0
+            if self.bad[name] == self.patience:
+                self.raised.append(why)
+                logs[f"{name}_alarm"] = 1.0
+                if state.is_world_process_zero:
+                    print(f"\nCOLLAPSE at step {state.global_step}: {why}", flush=True)
+
+
+def train(settings: Settings) -> Path:
+    """Trains, or resumes, or finds the run already finished; returns the run folder.
+
+    Raises UserError for settings or data that cannot work.
+    """
+    out = Path(settings.train.out).expanduser()
+    if (out / MARK).is_file():
+        _same_settings(out, settings)
+        print(f"{out} is finished already; choose another train.out to train again.")
+        return out
+    t = settings.train
+    if t.batch % t.accumulate:
+        raise UserError(f"train.batch {t.batch} does not divide into train.accumulate {t.accumulate} micro-batches.")
+    torch.manual_seed(t.seed)
+    source = open_source(settings.data.source, columns=settings.data.columns or None)
+    objectives = build_objectives(settings, source)
+    learner, processor = make_learner(settings, objectives)
+    samples = Samples(source, "train", processor, [o for o, _ in objectives], t.seed)
+    if len(samples) < t.batch // t.accumulate:
+        raise UserError(f"the train split of {source.name} has {len(samples)} rows, fewer than one batch of {t.batch}: set "
+                        f"train.batch={max(2, len(samples) // 2)}.")  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    _same_settings(out, settings)
+    settings.save(out / "config.yaml")
+    write_json(out / "data.json", describe_data(source))
+    trainer = VLTrainer(learner=learner, settings=settings, args=_arguments(settings, out), train_dataset=samples,
+                        data_collator=Collate(processor))  # fmt: skip
+    trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, len(samples)) // 5)))
+    resume = newest_complete(out / CHECKPOINTS)
+    if resume is not None:
+        print(f"resuming from {resume}")
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.state.global_step < trainer.state.max_steps:  # stopped by a signal, checkpoint written
+        return out
+    if trainer.is_world_process_zero():
+        finish(out, settings, learner, processor, objectives, source, trainer)
+    return out
+
+
+def make_learner(settings: Settings, objectives: list[tuple[Objective, float]]) -> tuple[Learner, Processor]:
+    """The composed model ready to learn: towers loaded, and frozen where their learning rate is 0."""
+    model, processor = compose(settings.model, [o for o, _ in objectives], settings.augment, Learner)
+    assert isinstance(model, Learner)
+    frozen = [s for s, rate in (("text", settings.train.text_lr), ("image", settings.train.image_lr)) if rate == 0]
+    model.freeze(*[s for s in frozen if hasattr(getattr(model, s), "tower")])
+    return model.learn_by(objectives), processor
+
+
+def trainer_steps(settings: Settings, rows: int) -> int:
+    t = settings.train
+    return t.steps or math.ceil(t.epochs * (rows // t.batch or 1))
+
+
+def _arguments(settings: Settings, out: Path) -> TrainingArguments:
+    t = settings.train
+    micro = t.batch // t.accumulate
+    return TrainingArguments(
+        output_dir=str(out / CHECKPOINTS),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=t.accumulate,
+        num_train_epochs=t.epochs,
+        max_steps=t.steps or -1,
+        learning_rate=t.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=t.warmup,  # below 1: a share of all steps
+        max_grad_norm=t.clip,
+        seed=t.seed,
+        bf16=t.bf16,
+        save_strategy="steps",
+        save_steps=t.checkpoint_every,
+        save_total_limit=2,
+        logging_steps=t.log_every,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_num_workers=settings.data.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_persistent_workers=settings.data.workers > 0,
+        ddp_find_unused_parameters=True,  # a batch without questions leaves the answer head alone
+        gradient_checkpointing=t.gradient_checkpointing,
+        disable_tqdm=True,
+    )
+
+
+def _same_settings(out: Path, settings: Settings) -> None:
+    """A folder belongs to one experiment. Raises UserError naming the first setting that differs."""
+    import yaml
+
+    file = out / "config.yaml"
+    if not file.is_file():
+        return
+    before, now = _flat(yaml.safe_load(file.read_text())), _flat(settings.to_dict())
+    differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(before.keys() | now.keys())
+              if before.get(k) != now.get(k) and k not in ("train.out", "data.workers", "train.keep_checkpoints")]  # fmt: skip
+    if differ:
+        raise UserError(f"{out} holds a run with other settings ({'; '.join(differ[:3])}). Choose another train.out, or "
+                        "remove the folder.")  # fmt: skip
+
+
+def _flat(tree: Any, at: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {at: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{at}.{key}" if at else str(key)).items()}
+
+
+def describe_data(source: Source) -> dict[str, Any]:
+    return {"source": source.name, "fingerprint": source.fingerprint, "licence": source.licence,
+            "rows": {split: len(source.indices(split)) for split in ("train", "val", "test")},
+            "questions": {split: len(source.question_indices(split)) for split in ("train", "val", "test")},
+            "columns": source.columns}  # fmt: skip
+
+
+def finish(out: Path, settings: Settings, learner: Learner, processor: Processor,
+           objectives: list[tuple[Objective, float]], source: Source, trainer: VLTrainer) -> None:  # fmt: skip
+    """Weights, answers, metrics, plot and card; the completion mark comes last."""
+    import shutil
+
+    from interlace.card import model_card, plot_losses
+    from interlace.evaluate import evaluate, fit_temperature
+
+    answers = next((o.answers for o, _ in objectives if o.name == "vqa"), [])  # type: ignore[attr-defined]
+    facts = {"name": out.name, "steps": trainer.state.global_step, "train_seconds": trainer.seconds,
+             "skipped": len(trainer.skipped), "data": source.name, "data_fingerprint": source.fingerprint}  # fmt: skip
+    if trainer.skipped:
+        lines = [json.dumps({"id": row, "reason": why}) for row, why in trainer.skipped.items()]
+        (out / "skipped.jsonl").write_text("\n".join(lines) + "\n")
+        print(f"{len(lines)} pictures could not be read and were skipped: {out / 'skipped.jsonl'}")
+    plot_losses(out / LOG, out / "loss.png")
+    run = Run(out, learner, processor, answers, 1.0, {"fingerprint": ""})
+    if answers and len(source.question_indices("val")):
+        run.temperature = fit_temperature(run, source)
+    if settings.train.evaluate:
+        metrics = evaluate(run, source, "val")
+        write_json(out / "metrics.json", metrics)
+    (out / "README.md").write_text(model_card(out, settings, learner, facts))
+    save_run(out, learner, processor, answers, run.temperature, **facts)
+    if not settings.train.keep_checkpoints:
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
