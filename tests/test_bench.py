@@ -1,0 +1,76 @@
+"""The measurements run, at toy sizes, and measure what they say. No assertion is about time."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is no part of the installed package
+
+from bench import common, input_path
+
+
+def test_sides_take_turns_and_turns_at_going_first():
+    order = []
+    times = common.alternating([lambda: order.append("a"), lambda: order.append("b")], repeats=3)
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
+    assert [len(side) for side in times] == [3, 3]
+    assert common.faster([1.0, 2.0, 4.0], [2.0, 6.0, 4.0]) == (2.0, "1.00-3.00")
+
+
+def test_figures_have_three_digits():
+    shown = {0.012345: "0.0123", 0.9999: "1", 12.345: "12.3", 123456.7: "123,457", 1400: "1,400", None: "-", "1%": "1%"}
+    assert {value: common.text(value) for value in shown} == shown
+
+
+def test_input_path_measures_equal_results(tmp_path):
+    x, y = np.meshgrid(np.linspace(0, 255, 640), np.linspace(0, 255, 480))
+    smooth = np.stack([x, y, 255 - x], axis=2).astype(np.uint8)
+    for i in range(3):
+        Image.fromarray(np.roll(smooth, 50 * i, axis=2)).save(tmp_path / f"{i}.jpg", quality=95)
+    out = tmp_path / "docs" / "figures.json"
+    rows = input_path.main([str(tmp_path), "--size", "32", "--repeats", "1", "--limit", "2", "--out", str(out)])
+    assert [row["threads"] for row in rows] == [1, 2]
+    assert rows[0]["pictures"] == 2 and rows[0]["Mpx"] == pytest.approx(0.3072)
+    assert rows[0]["differs"] < 2  # of 255: a fraction of the decoding gives nearly the same picture
+    assert 0 < rows[0]["decode share"] < 1
+    kept = json.loads(out.read_text())
+    assert kept["rows"][0]["set"] == tmp_path.name and str(tmp_path) not in out.read_text()
+
+
+def test_search_finds_in_the_index_what_numpy_finds(tmp_path):
+    pytest.importorskip("lancedb")
+    from bench import search
+
+    folder, out = tmp_path / "index", tmp_path / "search.json"
+    assert search.build(folder, 300, 16)["peak_mb"] > 0
+    assert search.ask(folder, 300, 16, 3)["found"] == search.alone("ask_numpy", folder, 300, 16, 3)["found"] == 30
+    rival, index = search.Rival.of_synthetic(300, 16), search.Index.open(folder)
+    rows = search.latency(index, rival, search.queries_for(300, 16, 3), search.FILTERS, repeats=1)
+    assert [row["filter"] for row in rows] == ["none", "1%", "30%"]
+    assert all(row["recall@10"] == 1 for row in rows)
+    none, narrow, wide = (row["passes"] for row in rows)
+    assert narrow < 15 and narrow < wide < none == 300
+
+    arguments = ["--sizes", "--index", str(folder), "--where", "price < 500", "--queries", "3", "--repeats", "1"]
+    content = search.main([*arguments, "--out", str(out)])
+    assert [row["recall@10"] for row in content["latency"]] == [1, 1]
+    assert 100 < content["latency"][1]["passes"] < 200
+    assert content["cost"][0]["disk MB"] > content["cost"][0]["vectors MB"] == 300 * 16 * 4 / 1e6
+    assert json.loads(out.read_text())["latency"] == content["latency"]
+
+
+def test_synthetic_rows_are_the_same_for_all_and_clustered():
+    from bench import search
+
+    vectors = np.concatenate([block for block, _ in search.synthetic(2500, 24)])  # two blocks
+    again = search.Rival.of_synthetic(2500, 24)
+    np.testing.assert_array_equal(again.vectors, vectors)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    best = [again.nearest(query, None)[1] for query in search.queries_for(2500, 24, 20)]
+    assert 0.6 < np.median(best) < 0.95  # near ones exist, and none is the query itself
+    rows, cosines = again.nearest(vectors[7], "price < 10", k=10**6)
+    assert len(rows) == again.passes["price < 10"].sum() and (np.diff(cosines) <= 0).all()
