@@ -226,11 +226,12 @@ def recall_over_folds(
 @dataclass(frozen=True)
 class MeanAveragePrecision:
     """value: mean over the queries that have something to find. per_query: (Q,), nan for the others, which `skipped`
-    counts (a category with one member, or no category)."""
+    counts (a category with one member, or no category). chance: what random rankings of the same galleries score."""
 
     value: float
     per_query: np.ndarray
     skipped: int
+    chance: float
 
 
 def mean_average_precision(
@@ -260,7 +261,7 @@ def mean_average_precision(
     own = np.where(own == -1, count + np.arange(count), own)  # without a group, a group of its own
     members = _members(codes)
     clan = _members(own)
-    values = np.full(count, np.nan)
+    values, sizes, galleries = np.full(count, np.nan), np.zeros(count, np.int64), np.zeros(count, np.int64)
     for rows in blocks(count, gallery):
         block = np.array(_scores_of(similarities, rows))  # (b, N), a copy: ours to write into
         if not np.issubdtype(block.dtype, np.floating): block = block.astype(np.float64)
@@ -281,8 +282,10 @@ def mean_average_precision(
             fellows = len(found) - np.searchsorted(found[::-1], found, side="left")  # (R,) relevant among them
             place = np.arange(1, len(found) + 1)
             values[q] = float((place / (place + above - fellows)).mean())
+            sizes[q], galleries[q] = len(found), gallery - gone
     known = values[~np.isnan(values)]
-    return MeanAveragePrecision(float(known.mean()) if len(known) else float("nan"), values, count - len(known))
+    mean = float(known.mean()) if len(known) else float("nan")
+    return MeanAveragePrecision(mean, values, count - len(known), chance_map(sizes, galleries))
 
 
 # ------------------------------------------------------------------------------------------------------------- chance
@@ -308,19 +311,20 @@ def chance_recall(
     return shares
 
 
-def chance_map(relevant_counts: Sequence[int] | np.ndarray, gallery: int) -> float:
+def chance_map(relevant_counts: Sequence[int] | np.ndarray, gallery: int | np.ndarray) -> float:
     """Expected mAP of a random ranking, exactly: E[AP] = (H_N + (R - 1)/(N - 1) * (N - H_N)) / N with H_N the N-th
     harmonic number; it follows from E[rel_j rel_k] = R(R - 1)/(N(N - 1)), see Bestgen 2015 (CLEI Electronic Journal,
     "Exact expected average precision of the random baseline for system evaluation"). About R/N for large N.
 
-    relevant_counts: (Q,) without the query itself; 0 is skipped. gallery: N, without the query itself.
+    relevant_counts: (Q,) without the query itself; 0 is skipped. gallery: N or (Q,), without the query itself.
     """
     counts = np.asarray(relevant_counts, dtype=np.float64)
+    sizes = np.broadcast_to(np.asarray(gallery, dtype=np.int64), counts.shape)[counts > 0]  # (Q,)
     counts = counts[counts > 0]
     if not len(counts): return float("nan")
-    harmonic = float((1.0 / np.arange(1, gallery + 1)).sum())
-    spread = (gallery - harmonic) / (gallery - 1) if gallery > 1 else 0.0
-    return float(((harmonic + (counts - 1) * spread) / gallery).mean())
+    harmonic = np.cumsum(1.0 / np.arange(1, sizes.max() + 1))[sizes - 1]
+    spread = (sizes - harmonic) / np.maximum(sizes - 1, 1)
+    return float(((harmonic + (counts - 1) * spread) / sizes).mean())
 
 
 # ------------------------------------------------------------------------------------------------------- small helpers

@@ -186,6 +186,16 @@ def test_average_precision_equals_the_slow_oracle(seed, exclude, monkeypatch):
         assert result.per_query[q] == pytest.approx(expected, nan_ok=True)
 
 
+def test_the_chance_of_a_result_is_that_of_its_own_galleries():
+    rng = np.random.default_rng(0)
+    labels = [None, "x", "x", "x", "y", "y", "y", "y", "z", "x"]
+    groups = [0, 1, 1, 2, 3, 4, 4, 5, 6, 7]
+    runs = [m.mean_average_precision(rng.random((10, 10)), labels, groups=groups) for _ in range(1500)]
+    assert np.mean([run.value for run in runs]) == pytest.approx(runs[0].chance, abs=0.015)
+    without = m.mean_average_precision(rng.random((10, 10)), labels)
+    assert without.chance == pytest.approx(m.chance_map([3] * 8, 8)) and runs[0].chance != without.chance
+
+
 def test_precision_of_features_needs_no_square_matrix(monkeypatch):
     monkeypatch.setattr(m, "BLOCK_NUMBERS", 2000)
     seen = []
