@@ -111,6 +111,11 @@ class Index:
         import lancedb
         from lancedb.index import FTS, BTree
 
+        if not run.dim:
+            raise UserError(
+                f"{run.folder} has no contrast head, so it gives no vectors to search by. "
+                "Train it with the itc objective."
+            )
         remove(folder)
         mapped: list[Column] = []
         for name, kind in columns.items():
@@ -169,7 +174,7 @@ class Index:
 
     @property
     def filter_columns(self) -> list[Column]:
-        """What filters may name: the attributes, then name, caption, id, split, group unless an attribute is so named."""
+        """What filters may name: the attributes, then name, caption, id, split and group, unless an attribute is."""
         own = self._manifest.columns
         return [*own, *(c for c in FIXED if c.name not in self.columns)]
 
@@ -271,9 +276,11 @@ class Index:
     def _nearest(
         self, vector: np.ndarray, k: int, fields: list[str], where: Filter | None = None, exact: bool | None = None
     ) -> pa.Table:
+        """For one vector (D,), or for several (N, D): then `query_index` says whose each row is."""
         with self._reading():
             table = self._fresh()
-            query = table.search(np.asarray(vector, dtype=np.float32), vector_column_name="vector")
+            vector = np.asarray(vector, dtype=np.float32)
+            query = table.search(vector if vector.ndim == 1 else list(vector), vector_column_name="vector")
             query = query.distance_type(self._manifest.metric).select([*fields, "_distance"]).limit(k)
             if where is not None:
                 query = query.where(where_text(where), prefilter=True)
@@ -283,6 +290,19 @@ class Index:
             elif ann is not None:
                 query = query.nprobes(ann.nprobes).refine_factor(ann.refine)
             return query.to_arrow()
+
+    def cosines(self, queries: np.ndarray, k: int, exact: bool | None = None) -> np.ndarray:
+        """(N, k) the best cosines of each of several queries (N, D), in descending order; -inf where rows ran out."""
+        result = np.full((len(queries), k), -np.inf)
+        for start in range(0, len(queries), 32):  # one pass over the vectors serves 32 queries
+            found = self._nearest(
+                np.asarray(queries[start : start + 32]).reshape(-1, self._manifest.dim), k, [], None, exact
+            )
+            whose, values = found["query_index"].to_numpy(), 1 - found["_distance"].to_numpy()
+            for n in range(len(queries[start : start + 32])):
+                mine = np.sort(values[whose == n])[::-1]
+                result[start + n, : len(mine)] = mine
+        return result
 
     def searches_exactly(self, where: Filter | None = None) -> bool:
         """Whether a query with this filter is compared with every vector that passes."""

@@ -11,9 +11,20 @@ from PIL import Image
 
 from interlace.data.rows import Pair, Picture
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 50, 220), "yellow": (230, 220, 40), "black": (15, 15, 15),
-           "white": (245, 245, 245), "purple": (130, 30, 160), "orange": (240, 140, 20)}  # fmt: skip
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 180, 40),
+    "blue": (30, 50, 220),
+    "yellow": (230, 220, 40),
+    "black": (15, 15, 15),
+    "white": (245, 245, 245),
+    "purple": (130, 30, 160),
+    "orange": (240, 140, 20),
+}
 ROOMS = ["Kitchen", "Living room", "Garden"]
+
+
+COLUMNS = {"room": "text", "width_cm": "number", "foldable": "boolean"}
 
 
 class ColourEncoder:
@@ -67,9 +78,9 @@ class ListSource:
     """A source over a list of pairs, with the parts of `interlace.data.rows.Source` that an index reads."""
 
     licence = "CC0"
-    columns = {"room": "text", "width_cm": "number", "foldable": "boolean"}
 
     def __init__(self, pairs: list[Pair], name: str = "squares"):
+        self.columns = dict(COLUMNS)
         self.rows, self.name = pairs, name
         self.fingerprint = hashlib.sha256(repr((pairs, time.perf_counter_ns())).encode()).hexdigest()
 

@@ -33,8 +33,8 @@ COLUMNS = [
 C = {c.name: c for c in COLUMNS}
 # fmt: off
 TEXTS = ["Kitchen", "kitchen", "Living room", "it's", "''", '"', "50%", "_", "%", "a\\b", "\\", "", " ", "x' OR '1'='1",
-         "É", "é", "漢字", "ß", "🪑", "; DROP TABLE items; --", "null", "NULL", "and", "a_category", "-- comment", "/* x */",
-         "${x}", "tab\there", "new\nline", "') OR true OR ('", "\\' OR true --", "{0}", "?", "`a_price`"]
+         "É", "é", "漢字", "ß", "🪑", "; DROP TABLE items; --", "null", "NULL", "and", "a_category", "-- comment",
+         "/* x */", "${x}", "tab\there", "new\nline", "') OR true OR ('", "\\' OR true --", "{0}", "?", "`a_price`"]
 # fmt: on
 NUMBERS = [0.0, -0.0, 1.0, -1.5, 79.99, 80.0, 1e-7, 1e300, 123456789.0, 0.1, 1 / 3]
 
