@@ -104,6 +104,14 @@ class Problems:
         if len(self.first) < self.keep:
             self.first.append((row, reason))
 
+    def absorb(self, other: Problems, where: str) -> None:
+        """Takes over another's problems, as rows of `where`, and empties it."""
+        for row, reason in other.first:
+            self.add(f"{where} {row}", reason)
+        self.count += other.count - len(other.first)
+        self.note = self.note or other.note
+        other.first, other.count = [], 0
+
 
 def stored_attribute(value: Any, kind: str) -> Attribute:
     """A stored cell as the type its column has. Cells of CSV files stay text on disk and become typed here."""
@@ -122,8 +130,7 @@ def stored_attribute(value: Any, kind: str) -> Attribute:
 class Source:
     """Pairs, and perhaps questions, by position. Build one with `interlace.data.sources.open_source`.
 
-    `rows` has the columns id, path, offset, length, blob, caption, name, (group), and one `@name` per attribute;
-    `blobs` holds encoded pictures which live in a memory-mapped table, addressed by the column `blob`.
+    `rows` has the columns id, path, offset, length, caption, name, (group), and one `@name` per attribute.
     """
 
     def __init__(
@@ -136,7 +143,6 @@ class Source:
         fingerprint: str,
         licence: str = "",
         questions: pa.Table | None = None,
-        blobs: pa.ChunkedArray | None = None,
         problems: Problems | None = None,
         file: Path | None = None,
     ):
@@ -148,7 +154,6 @@ class Source:
         self.split_codes = splits  # (N,) int8: position in SPLITS
         self._rows = rows
         self._questions = questions if questions is not None else QUESTION_SCHEMA.empty_table()
-        self._blobs = blobs
         self._problems = problems or Problems()
         self._file = file  # the memory-mapped table behind `_rows`, when it was large enough to spill
 
@@ -172,9 +177,6 @@ class Source:
         return self._rows.column(column)[i].as_py()
 
     def picture(self, i: int) -> Picture:
-        blob = self._cell("blob", i)
-        if blob is not None and self._blobs is not None:
-            return Picture(data=self._blobs[blob].as_py())
         return Picture(self._cell("path", i), None, self._cell("offset", i), self._cell("length", i))
 
     def group(self, i: int) -> str:

@@ -32,25 +32,28 @@ SPLIT_WORDS = {
 }  # fmt: skip
 
 
+Batch = tuple[Sequence[int | str], dict[str, list[Any]]]
+
+
 @dataclass
 class Raw:
     """What a reader of one format hands over. `batches` yields (rows' places in the file, column -> list of cells).
 
-    An image cell is a path, a `Picture`, or an integer position in `blobs`. `questions` yields dicts with pair_id,
-    question, answers [(text, weight)], and optionally id and kind.
+    An image cell is a path or a `Picture`. A column `__label__`, when batches carry one, names rows that have no path.
+    `questions` yields dicts with pair_id, question, answers [(text, weight)], and optionally id and kind. Both may be
+    called more than once.
     """
 
     name: str
     where: str
     columns: list[str]
-    batches: Iterable[tuple[Sequence[int | str], dict[str, list[Any]]]]
+    batches: Callable[[], Iterator[Batch]]
     root: Path
     total: int | None = None
     licence: str = ""
-    questions: Iterable[dict[str, Any]] = ()
-    blobs: pa.ChunkedArray | None = None
+    questions: Callable[[], Iterable[dict[str, Any]]] | None = None
     split: str | None = None  # the file's own split, when its name says so
-    stamp: str = ""  # stands for the pictures in `blobs` in the fingerprint
+    stamp: str = ""  # stands in the fingerprint for files that hold many pictures: their sizes and times
     problems: Problems = field(default_factory=Problems)
 
 
@@ -65,7 +68,7 @@ def normalised(text: str) -> str:
 
 
 def split_of_groups(groups: np.ndarray) -> np.ndarray:
-    """(N,) int8 split of each (N,) uint64 group: 80/10/10 by hash, so a group never straddles and new rows move nothing."""
+    """(N,) int8 split of each (N,) uint64 group: 80/10/10 by hash: no group straddles, new rows move none."""
     mixed = groups.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # group codes may be small given numbers
     mixed ^= mixed >> np.uint64(32)
     mixed *= np.uint64(0xD6E8FEB86659FD93)
@@ -196,7 +199,7 @@ def build(
     read = 0
     progress = tqdm(total=raw.total, desc=f"reading {raw.name}", unit=" rows", disable=None, delay=2, leave=False)
     with progress:
-        for places, cells in raw.batches:
+        for places, cells in raw.batches():
             read += len(places)
             progress.update(len(places))
             batch = _batch(places, cells, roles, extra, roots, problems)
@@ -223,11 +226,11 @@ def build(
     table, file = rows.finish(fingerprint)
     table = _unique_ids(table, ids, problems)
     groups = _groups(table, ids, texts, paths, np.concatenate(hashes) if "hash" in roles else None)
-    forced = split or raw.split
-    if forced is not None:
-        splits = np.full(len(groups), SPLITS.index(forced), np.int8)
+    if split is not None:
+        splits = np.full(len(groups), SPLITS.index(split), np.int8)
     else:
-        splits = np.where(given_splits >= 0, given_splits, split_of_groups(groups)).astype(np.int8)
+        own = np.full(len(groups), SPLITS.index(raw.split), np.int8) if raw.split else split_of_groups(groups)
+        splits = np.where(given_splits >= 0, given_splits, own).astype(np.int8)
     questions = _questions(raw, table, problems, digest)
     return Source(
         name=raw.name,
@@ -238,7 +241,6 @@ def build(
         fingerprint=digest.hexdigest(),
         licence=raw.licence,
         questions=questions,
-        blobs=raw.blobs,
         problems=problems,
         file=file,
     )
@@ -270,7 +272,8 @@ def _batch(
     n = len(places)
     role: dict[str, list[Any]] = {key: cells[column] for key, column in roles.items()}
     base = roots.choose(role["image"])
-    out: dict[str, list[Any]] = {key: [] for key in ("id", "path", "offset", "length", "blob", "caption", "name")}
+    labels = cells.get("__label__") or [""] * n
+    out: dict[str, list[Any]] = {key: [] for key in ("id", "path", "offset", "length", "caption", "name")}
     if "group" in role:
         out["group"] = []
     for key in ("text_key", "path_key", "split", "hash", "seen"):
@@ -279,7 +282,8 @@ def _batch(
         out["@" + column] = []
     for i in range(n):
         try:
-            path, offset, length, blob, label, facts = _picture(role["image"][i], base)
+            path, offset, length, label, facts = _picture(role["image"][i], base)
+            label = labels[i] or label
             split = _split(role["split"][i]) if "split" in role else -1
             bits = int(role["hash"][i], 16) if "hash" in role and role["hash"][i] else 0
         except ValueError as error:
@@ -302,15 +306,12 @@ def _batch(
             out["path"].append(path)
             out["offset"].append(offset)
             out["length"].append(length)
-            out["blob"].append(blob)
             out["caption"].append(caption)
             out["name"].append(given_name or _short(caption) or Path(label).stem)
             if "group" in role:
                 out["group"].append(_text(role["group"][i]) or None)
             out["text_key"].append(normalised(caption) or normalised(given_name))
-            out["path_key"].append(
-                f"{path or ''}:{offset if offset is not None else ''}:{blob if blob is not None else ''}"
-            )
+            out["path_key"].append(path if offset is None else f"{path}:{offset}")
             out["split"].append(split)
             out["hash"].append(bits)
             attributes = [_text(cells[column][i]) for column in extra]
@@ -323,16 +324,10 @@ def _batch(
     return out
 
 
-def _picture(cell: Any, base: str) -> tuple[str | None, int | None, int | None, int | None, str, str]:
-    """(path, offset, length, blob, label, facts); facts are the size and time that the fingerprint covers."""
-    if isinstance(cell, dict) and isinstance(cell.get("path"), str) and not cell.get("bytes"):
-        cell = cell["path"]
-    if isinstance(cell, Picture):
-        if cell.path is None:
-            raise ValueError("no picture")
-        return cell.path, cell.offset, cell.length, None, Path(cell.path).name + f"@{cell.offset}", f"{cell.length}"
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return None, None, None, cell, f"row-{cell}", ""
+def _picture(cell: Any, base: str) -> tuple[str, int | None, int | None, str, str]:
+    """(path, offset, length, label, facts); facts are the size and time that the fingerprint covers."""
+    if isinstance(cell, Picture) and cell.path is not None:
+        return cell.path, cell.offset, cell.length, f"{Path(cell.path).name}@{cell.offset}", f"{cell.length}"
     if not isinstance(cell, str) or not cell.strip():
         raise ValueError("no picture: the cell is empty" if cell in (None, "") else f"not a path: {str(cell)[:60]!r}")
     cell = cell.strip()
@@ -345,7 +340,7 @@ def _picture(cell: Any, base: str) -> tuple[str | None, int | None, int | None, 
         raise ValueError(f"missing file: {cell}") from None
     if stat.S_ISDIR(facts.st_mode):
         raise ValueError(f"a folder, not a picture: {cell}")
-    return path, None, None, None, cell, f"{facts.st_size} {facts.st_mtime_ns}"
+    return path, None, None, cell, f"{facts.st_size} {facts.st_mtime_ns}"
 
 
 def _split(cell: Any) -> int:
@@ -359,7 +354,7 @@ def _split(cell: Any) -> int:
 
 
 def _table(batch: dict[str, list[Any]]) -> pa.Table:
-    integers = ("offset", "length", "blob")
+    integers = ("offset", "length")
     return pa.table(
         {key: pa.array(value, pa.int64() if key in integers else pa.large_string()) for key, value in batch.items()}
     )
@@ -367,8 +362,7 @@ def _table(batch: dict[str, list[Any]]) -> pa.Table:
 
 def _unique_ids(table: pa.Table, codes: np.ndarray, problems: Problems) -> pa.Table:
     """Later rows with an id already used get `#2`, `#3`, ...; they are listed but kept."""
-    _, first, counts = np.unique(codes, return_index=True, return_counts=True)
-    if counts.max() == 1:
+    if len(np.unique(codes)) == len(codes):
         return table
     ids = table.column("id").to_pylist()
     taken, seen = set(ids), dict[str, int]()
@@ -390,7 +384,7 @@ def _unique_ids(table: pa.Table, codes: np.ndarray, problems: Problems) -> pa.Ta
 def _groups(
     table: pa.Table, ids: np.ndarray, texts: np.ndarray, paths: np.ndarray, hashes: np.ndarray | None
 ) -> np.ndarray:
-    """(N,) uint64 group codes: the given group, else rows joined by equal text, the same file, or a near-equal picture."""
+    """(N,) uint64 group codes: the given group, else rows joined by equal text, same file or near-equal picture."""
     labels = np.where(texts != 0, texts, ids)
     labels = join_equal(labels, paths)
     if hashes is not None:
@@ -409,7 +403,7 @@ def _questions(raw: Raw, table: pa.Table, problems: Problems, digest: Any) -> pa
     """The questions whose pair exists, as a table; the others are listed."""
     found: dict[str, int] | None = None
     tables: list[pa.Table] = []
-    for number, group in enumerate(_chunks(raw.questions)):
+    for number, group in enumerate(_chunks(raw.questions() if raw.questions is not None else ())):
         if found is None:
             found = {key: i for i, key in enumerate(table.column("id").to_pylist())}
         out: dict[str, list[Any]] = {name: [] for name in QUESTION_SCHEMA.names}
@@ -441,7 +435,7 @@ def _chunks(items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def batched_dicts(
-    records: Iterable[tuple[int | str, dict[str, Any]]], columns: Callable[[], list[str]]
+    records: Iterable[tuple[int | str, dict[str, Any]]], columns: list[str]
 ) -> Iterator[tuple[list[int | str], dict[str, list[Any]]]]:
     """Records as batches of columns; a cell a record does not have is None."""
     places: list[int | str] = []
@@ -450,7 +444,7 @@ def batched_dicts(
         places.append(place)
         group.append(record)
         if len(group) == BATCH:
-            yield places, {column: [record.get(column) for record in group] for column in columns()}
+            yield places, {column: [record.get(column) for record in group] for column in columns}
             places, group = [], []
     if group:
-        yield places, {column: [record.get(column) for record in group] for column in columns()}
+        yield places, {column: [record.get(column) for record in group] for column in columns}

@@ -58,9 +58,9 @@ def resolve(
     for role, names in aliases.items():
         if role in roles:
             continue
-        free = (lower[name] for name in names if name in lower and lower[name] not in roles.values())
-        if (column := next(free, None)) is not None:
-            roles[role] = column
+        free = [lower[name] for name in names if name in lower and lower[name] not in roles.values()]
+        if free:
+            roles[role] = free[0]
     for role in required:
         if role not in roles:
             near = next((hint for name in have if (hint := suggest(name.lower(), aliases[role]))), "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import pyarrow as pa
@@ -14,22 +15,24 @@ from interlace.data.sources.build import hash64
 
 
 def join(sources: Sequence[Source]) -> Source:
-    """Rows in the order given, ids as "furniture/...". An attribute that one source lacks is None there; one whose types
-    disagree becomes text. Given groups stay apart between sources; rows with equal texts share a group across them."""
+    """Rows in the order given, ids as "furniture/...".
+
+    An attribute that one source lacks is None there; one whose types disagree becomes text. Given groups stay apart
+    between sources; rows with equal texts share a group across them.
+    """
     names = _distinct([source.name for source in sources])
     columns: dict[str, str] = {}
     for source in sources:
         for column, kind in source.columns.items():
             columns[column] = kind if columns.get(column, kind) == kind else "text"
     columns = {"source": "text", **columns}
-    tables, questions, groups, blobs = [], [], [], []
-    n_rows = n_blobs = 0
+    tables, questions, groups = [], [], []
+    n_rows = 0
     problems = Problems()
     for name, source in zip(names, sources):
         rows = source._rows
         prefixed = {key: rows.column(key) for key in ("path", "offset", "length", "caption", "name")}
         prefixed["id"] = _prefix(name, rows.column("id"))
-        prefixed["blob"] = pa.compute.add(rows.column("blob"), n_blobs)
         codes = source.group_codes
         if "group" in rows.column_names:
             prefixed["group"] = _prefix(name, rows.column("group"))
@@ -45,13 +48,8 @@ def join(sources: Sequence[Source]) -> Source:
         shifted = asked.set_column(asked.column_names.index("row"), "row", pa.compute.add(asked.column("row"), n_rows))
         questions.append(shifted.set_column(0, "id", _prefix(name, asked.column("id"))))
         groups.append(codes)
-        if source._blobs is not None:
-            blobs += source._blobs.chunks
-            n_blobs += len(source._blobs)
         n_rows += len(rows)
-        for row, reason in source.problems:
-            problems.add(f"{name} {row}", reason)
-        problems.count += source.n_problems - len(source.problems)
+        problems.absorb(copy(source._problems), name)
     return Source(
         name="+".join(names),
         rows=pa.concat_tables(tables, promote_options="default"),
@@ -63,14 +61,13 @@ def join(sources: Sequence[Source]) -> Source:
         ).hexdigest(),
         licence="\n\n".join(f"{n}\n{'-' * len(n)}\n{s.licence}" for n, s in zip(names, sources) if s.licence),
         questions=pa.concat_tables(questions),
-        blobs=pa.chunked_array(blobs) if blobs else None,
         problems=problems,
     )
 
 
 def _prefix(name: str, ids: pa.ChunkedArray) -> pa.ChunkedArray:
-    parts = [pa.compute.binary_join_element_wise(pa.scalar(name, pa.large_string()), chunk, pa.scalar("/", pa.large_string()))
-             for chunk in ids.chunks]  # fmt: skip
+    start, slash = pa.scalar(name, pa.large_string()), pa.scalar("/", pa.large_string())
+    parts = [pa.compute.binary_join_element_wise(start, chunk, slash) for chunk in ids.chunks]
     return pa.chunked_array(parts, pa.large_string())
 
 

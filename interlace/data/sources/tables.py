@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from interlace.data.rows import Problems
-from interlace.data.sources.build import BATCH, Raw
+from interlace.data.sources.build import BATCH, Batch, Raw
 from interlace.errors import UserError
 
 csv.field_size_limit(16 * 1024 * 1024)  # a caption of 128 KiB is unusual but no reason to stop
@@ -18,7 +17,7 @@ csv.field_size_limit(16 * 1024 * 1024)  # a caption of 128 KiB is unusual but no
 def read_csv(file: Path, name: str) -> Raw:
     """The separator (tab, comma, semicolon or bar) is the one that occurs most often in the header line."""
     encoding = _encoding(file)
-    with open(file, encoding=encoding, newline="") as lines:
+    with open(file, encoding=encoding, errors="replace", newline="") as lines:
         header = lines.readline()
         if not header.strip():
             raise UserError(f"{file} is empty: expected a header line with the columns' names.")
@@ -32,7 +31,7 @@ def read_csv(file: Path, name: str) -> Raw:
         name=name,
         where=str(file),
         columns=columns,
-        batches=_batches(file, encoding, separator, columns, problems),
+        batches=lambda: _batches(file, encoding, separator, columns, problems),
         root=file.parent,
         problems=problems,
     )
@@ -48,9 +47,7 @@ def _encoding(file: Path) -> str:
     return "utf-8-sig"
 
 
-def _batches(
-    file: Path, encoding: str, separator: str, columns: list[str], problems: Problems
-) -> Iterator[tuple[Sequence[int], dict[str, list[Any]]]]:
+def _batches(file: Path, encoding: str, separator: str, columns: list[str], problems: Problems) -> Iterator[Batch]:
     places: list[int] = []
     rows: list[list[str]] = []
     # broken bytes become U+FFFD so that one bad line does not end the file; such a row is left out below
