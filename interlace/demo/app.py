@@ -1,6 +1,6 @@
 """The demo: one page and a typed JSON API over the same functions as the command line.
 
-    interlace demo runs/furniture          # http://127.0.0.1:7860, the API's description at /docs
+interlace demo runs/furniture          # http://127.0.0.1:7860, the API's description at /docs
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from PIL import Image
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from interlace.data.pictures import BadPicture, open_picture
-from interlace.data.rows import Picture
-from interlace.demo.facets import facets, metrics_of, propose_queries, sample
+from interlace.demo.facets import facets, look_around, propose_queries, propose_questions, scores
 from interlace.demo.guard import fail, guard
-from interlace.demo.schemas import Answered, AnswerChance, Failure, Found, Hit, Info, Item, Items, Limits
+from interlace.demo.schemas import AnswerChance, Answered, Failure, Found, Hit, Info, Item, Items, Limits
 from interlace.errors import UserError
 from interlace.run import Run
 from interlace.search import Index, search
@@ -40,17 +39,25 @@ from interlace.search import Item as IndexItem
 
 STATIC = Path(str(resources.files(__package__))) / "static"
 MAX_K, MAX_TEXT = 200, 2000
-UNLIKELY = 0.3  # a best match below this is announced as doubtful
 THUMBNAIL, LARGE = 400, 1600  # longest side in pixels: a card is at most 200 CSS pixels wide, at two device pixels each
 ERRORS: dict[int | str, dict] = {code: {"model": Failure} for code in (404, 413, 415, 422)}
+JPEG: dict[int | str, dict] = {404: ERRORS[404], 200: {"content": {"image/jpeg": {}}}}
 
 Text = Annotated[str | None, Form(max_length=MAX_TEXT)]
+LIKE, ITEM = "An indexed item's id, in place of a picture.", "An indexed item's id."
+ALLOWED = "Answers to choose among; repeat the field. All of them when it is left out."
 Upload = Annotated[UploadFile | None, File(description="A picture file.")]
 
 
-def create_app(run: Run, index: Index, token: str | None = None, max_bytes: int = 10_000_000,
-               max_pixels: int = 64_000_000, examples: Sequence[str] | None = None,
-               questions: Sequence[str] | None = None) -> FastAPI:
+def create_app(
+    run: Run,
+    index: Index,
+    token: str | None = None,
+    max_bytes: int = 10_000_000,
+    max_pixels: int = 64_000_000,
+    examples: Sequence[str] | None = None,
+    questions: Sequence[str] | None = None,
+) -> FastAPI:
     """The demo as an ASGI application.
 
     Args:
@@ -62,18 +69,23 @@ def create_app(run: Run, index: Index, token: str | None = None, max_bytes: int 
         examples: queries the page proposes; by default captions from the index.
         questions: questions the page proposes; by default the run's own, when it names any.
     """
-    app = FastAPI(title="interlace", version="1", docs_url=None, redoc_url=None,
-                  description="Search pictures by words, by a picture or by both, and ask about them.")
+    app = FastAPI(
+        title="interlace",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        description="Search pictures by words, by a picture or by both, and ask about them.",
+    )
     guard(app, token, max_bytes)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     one_at_a_time = threading.Lock()  # the model's calls; FastAPI runs the plain functions below in its thread pool
-    columns = facets(index)
+    columns, exact_counts = facets(index)
     info_examples = list(examples) if examples is not None else propose_queries(index)
-    info_questions = list(questions if questions is not None else getattr(run, "questions", []))
+    info_questions = list(questions) if questions is not None else propose_questions(run)
 
     @app.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return fail(error.status_code, str(error.detail))
+        return fail(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def wrong_field(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -100,7 +112,8 @@ def create_app(run: Run, index: Index, token: str | None = None, max_bytes: int 
 
     @lru_cache(maxsize=1000)  # about 20 kB each
     def thumbnail_bytes(item_id: str) -> bytes:
-        return jpeg(find(item_id).picture, THUMBNAIL, max_pixels)
+        item = find(item_id)
+        return item.thumbnail or jpeg(item, THUMBNAIL, max_pixels)
 
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:
@@ -114,51 +127,78 @@ def create_app(run: Run, index: Index, token: str | None = None, max_bytes: int 
     def info() -> Info:
         """What is served: the run, the index and its columns, and what the run can do."""
         answers = list(run.answers) if run.can_answer else []
-        return Info(run=run.folder.name, count=len(index), metrics=metrics_of(run), columns=columns,
-                    can_match=run.can_match, can_answer=run.can_answer, answers=answers[:500], n_answers=len(answers),
-                    examples=info_examples, questions=info_questions if run.can_answer else [],
-                    limits=Limits(max_bytes=max_bytes, max_pixels=max_pixels, max_k=MAX_K, max_text=MAX_TEXT))
+        return Info(
+            run=run.folder.name,
+            count=len(index),
+            metrics=scores(run),
+            columns=columns,
+            exact_counts=exact_counts,
+            can_match=run.can_match,
+            can_answer=run.can_answer,
+            answers=answers[:500],
+            n_answers=len(answers),
+            examples=info_examples,
+            questions=info_questions if run.can_answer else [],
+            limits=Limits(max_bytes=max_bytes, max_pixels=max_pixels, max_k=MAX_K, max_text=MAX_TEXT),
+        )
 
     @app.post("/api/search", responses=ERRORS)
-    def search_(text: Text = None, picture: Upload = None, where: Text = None,
-                k: Annotated[int, Form(ge=1, le=MAX_K)] = 24, weight: Annotated[float, Form(ge=0, le=1)] = 0.5,
-                mode: Annotated[Literal["vector", "text", "hybrid"], Form()] = "vector",
-                rerank: Annotated[bool | None, Form()] = None,
-                like: Annotated[str | None, Form(max_length=MAX_TEXT, description="An item's id, in place of a picture.")] = None,
-                ) -> Found:
-        """Find pictures by words, by a picture (or an indexed item's, `like`), or by both; `where` filters by attributes."""
-        words, where = (text or "").strip() or None, (where or "").strip() or None
+    def search_(
+        text: Text = None,
+        picture: Upload = None,
+        where: Text = None,
+        k: Annotated[int, Form(ge=1, le=MAX_K)] = 24,
+        weight: Annotated[float, Form(ge=0, le=1)] = 0.5,
+        mode: Annotated[Literal["vector", "text", "hybrid"], Form()] = "vector",
+        rerank: Annotated[bool | None, Form()] = None,
+        like: Annotated[str | None, Form(max_length=MAX_TEXT, description=LIKE)] = None,
+    ) -> Found:
+        """Find pictures by words, by a picture (a file, or an indexed item's: like), or by both; where filters them."""
         image = uploaded(picture)
-        if like and image is not None:
-            raise HTTPException(422, "Both 'picture' and 'like' were given: send one of them.")
         if like:
-            image = open_stored(find(like).picture, max_pixels)
-        if words is None and image is None:
-            raise HTTPException(422, "Nothing to search for: send 'text', 'picture' or 'like'.")
-        started = time.perf_counter()
+            find(like)
         with one_at_a_time:
-            found = search(index, run, text=words, picture=image, where=where, k=k + bool(like), weight=weight, mode=mode,
-                           rerank=rerank)
-        found = [hit for hit in found if hit.id != like][:k]
-        took = (time.perf_counter() - started) * 1000
-        known = not words or mode != "vector" or bool(search(index, run, text=words, k=1, mode="text"))
-        hits = [Hit(id=h.id, name=h.name, caption=h.caption, attributes=h.attributes, score=h.score, match=h.match) for h in found]
-        return Found(hits=hits, count=len(index), milliseconds=round(took, 1), reranked=any(h.match is not None for h in hits),
-                     hint=hint(len(hits), hits[0] if hits else None, mode, where, known))
+            result = search(
+                index,
+                run,
+                text=text,
+                picture=image,
+                where=where,
+                k=k,
+                weight=weight,
+                mode=mode,
+                rerank=rerank,
+                like=like or None,
+            )
+        hits = [
+            Hit(id=h.id, name=h.name, caption=h.caption, attributes=h.attributes, score=h.score, match=h.match)
+            for h in result
+        ]
+        return Found(
+            hits=hits,
+            count=len(index),
+            milliseconds=round(result.seconds * 1000, 1),
+            reranked=any(h.match is not None for h in hits),
+            hint=result.note or None,
+            hopeless=result.hopeless,
+        )
 
     @app.get("/api/items", responses=ERRORS)
-    def items(limit: Annotated[int, Query(ge=1, le=MAX_K)] = 24,
-              where: Annotated[str | None, Query(max_length=MAX_TEXT)] = None) -> Items:
-        """A few of the indexed items, to look around; `where` filters by attributes."""
-        return Items(items=[as_item(item) for item in sample(index, limit, (where or "").strip() or None)], count=len(index))
+    def items(
+        limit: Annotated[int, Query(ge=1, le=MAX_K)] = 24,
+        where: Annotated[str | None, Query(max_length=MAX_TEXT)] = None,
+    ) -> Items:
+        """A few of the indexed items, to look around; where filters them."""
+        found = look_around(index, limit, (where or "").strip() or None)
+        return Items(items=[as_item(item) for item in found], count=len(index))
 
     # An id may contain slashes, sent as they are or as %2F, so the longer paths come first.
-    @app.get("/api/items/{item_id:path}/picture", responses={**ERRORS, 200: {"content": {"image/jpeg": {}}}}, response_class=Response)
+    @app.get("/api/items/{item_id:path}/picture", responses=JPEG, response_class=Response)
     def item_picture(item_id: str) -> Response:
         """The item's picture as JPEG, at most 1600 pixels on its longer side."""
-        return image_reply(jpeg(find(item_id).picture, LARGE, max_pixels))
+        return image_reply(jpeg(find(item_id), LARGE, max_pixels))
 
-    @app.get("/api/items/{item_id:path}/thumbnail", responses={**ERRORS, 200: {"content": {"image/jpeg": {}}}}, response_class=Response)
+    @app.get("/api/items/{item_id:path}/thumbnail", responses=JPEG, response_class=Response)
     def item_thumbnail(item_id: str) -> Response:
         """The item's picture as JPEG, at most 400 pixels on its longer side."""
         return image_reply(thumbnail_bytes(item_id))
@@ -169,28 +209,35 @@ def create_app(run: Run, index: Index, token: str | None = None, max_bytes: int 
         return as_item(find(item_id))
 
     @app.post("/api/answer", responses=ERRORS)
-    def answer(question: Annotated[str, Form(min_length=1, max_length=MAX_TEXT)],
-               item: Annotated[str | None, Form(max_length=MAX_TEXT, description="An item's id.")] = None, picture: Upload = None,
-               allowed: Annotated[list[str] | None, Form(description="Answers to choose among; repeat the field. All when left out.")] = None,
-               ) -> Answered:
+    def answer(
+        question: Annotated[str, Form(min_length=1, max_length=MAX_TEXT)],
+        item: Annotated[str | None, Form(max_length=MAX_TEXT, description=ITEM)] = None,
+        picture: Upload = None,
+        allowed: Annotated[list[str] | None, Form(description=ALLOWED)] = None,
+    ) -> Answered:
         """Ask about an indexed item or an uploaded picture. The answer comes from the run's closed list."""
         if not run.can_answer:
-            raise HTTPException(422, "This run was trained without questions and cannot answer. Train it with a question table.")
+            raise HTTPException(422, "This run was trained without questions, so it cannot answer any.")
         if not question.strip():
             raise HTTPException(422, "question: write one, for example 'what is this?'.")
         image = uploaded(picture)
         if (item is None) == (image is None):
             raise HTTPException(422, "Send either 'item' (an id) or 'picture' (a file).")
         if image is None:
-            image = open_stored(find(item or "").picture, max_pixels)
+            image = open_stored(find(item or ""), max_pixels)
         allowed = [a for a in allowed or [] if a.strip()] or None
         started = time.perf_counter()
         with one_at_a_time:
             ranked = run.answer(image, question.strip(), allowed=allowed)
         took = (time.perf_counter() - started) * 1000
         top = [AnswerChance(answer=a, probability=p) for a, p in ranked[:20]]
-        return Answered(question=question.strip(), answers=top, rest=max(0.0, sum(p for _, p in ranked[20:])),
-                        n_answers=len(ranked), milliseconds=round(took, 1))
+        return Answered(
+            question=question.strip(),
+            answers=top,
+            rest=max(0.0, sum(p for _, p in ranked[20:])),
+            n_answers=len(ranked),
+            milliseconds=round(took, 1),
+        )
 
     return app
 
@@ -209,41 +256,31 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         return open_picture(data, max_pixels=max_pixels)
     except BadPicture as error:
         large = "pixels" in error.reason
-        raise HTTPException(413 if large else 415, f"This file cannot be used as a picture: {error.reason}. "
-                            + ("Send a smaller one." if large else "Send a JPEG, PNG, WebP or GIF.")) from None
+        raise HTTPException(
+            413 if large else 415,
+            f"This file cannot be used as a picture: {error.reason}. "
+            + ("Send a smaller one." if large else "Send a JPEG, PNG, WebP or GIF."),
+        ) from None
 
 
-def open_stored(picture: Picture, max_pixels: int, side: int | None = None) -> Image.Image:
-    """An indexed picture; 404 with the reason when its file has gone or gone bad since."""
+def open_stored(item: IndexItem, max_pixels: int, side: int | None = None) -> Image.Image:
+    """An item's picture, or its thumbnail when the original has gone or gone bad since. 404 when there is neither."""
     try:
-        return open_picture(picture, size_hint=side, max_pixels=max_pixels)
+        return open_picture(item.picture, size_hint=side, max_pixels=max_pixels)
     except (BadPicture, OSError) as error:
+        if item.thumbnail:
+            return open_picture(item.thumbnail)
         reason = error.reason if isinstance(error, BadPicture) else error.strerror or "unreadable"
         raise HTTPException(404, f"The item's picture can no longer be read: {reason}.") from None
 
 
-def jpeg(picture: Picture, side: int, max_pixels: int) -> bytes:
+def jpeg(item: IndexItem, side: int, max_pixels: int) -> bytes:
     """Always decoded and written anew, so that whatever is in the file, a browser receives a plain JPEG."""
-    image = open_stored(picture, max_pixels, side)
+    image = open_stored(item, max_pixels, side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = BytesIO()
     image.save(out, "JPEG", quality=88)
     return out.getvalue()
-
-
-def hint(found: int, best: Hit | None, mode: str, where: str | None, known: bool) -> str | None:
-    """One sentence of help when a search found nothing, or nothing convincing."""
-    if not found and where:
-        return "No picture passes this filter. Loosen it or remove it."
-    if not found and mode != "vector":
-        return "No caption contains these words. Search by meaning instead, or use other words."
-    if not found:
-        return "The index has nothing to show."
-    if best is not None and best.match is not None and best.match < UNLIKELY:
-        return "Nothing here seems to match these words; these are the nearest. Try a simpler description."
-    if not known:
-        return "None of these words occurs in any caption, so the order below is close to a guess. Try other words."
-    return None
 
 
 def is_loopback(host: str) -> bool:
@@ -263,12 +300,16 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"Port {port} on {host} is in use by another program, perhaps another demo. "
-                            f"Try --port {free_port(host, port)}.") from None
+            raise UserError(
+                f"Port {port} on {host} is in use by another program, perhaps another demo. "
+                f"Try --port {free_port(host, port)}."
+            ) from None
         if error.errno == errno.EACCES:
             raise UserError(f"Port {port} needs special rights. Take one above 1023, such as --port 7860.") from None
-        raise UserError(f"Cannot listen on {host}:{port}: {error.strerror or error}. Expected a name or address of this "
-                        "machine, such as --host 127.0.0.1.") from None
+        raise UserError(
+            f"Cannot listen on {host}:{port}: {error.strerror or error}. Expected an address of this machine, "
+            "such as --host 127.0.0.1."
+        ) from None
     return sock
 
 
@@ -297,8 +338,14 @@ class Server(uvicorn.Server):
             self.ready()
 
 
-def serve(run: Run, index: Index, host: str = "127.0.0.1", port: int = 7860, token: str | None = None,
-          open_browser: bool = True) -> None:
+def serve(
+    run: Run,
+    index: Index,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    token: str | None = None,
+    open_browser: bool = True,
+) -> None:
     """Serves the demo until it is interrupted, and prints its address.
 
     Raises:
@@ -306,9 +353,11 @@ def serve(run: Run, index: Index, host: str = "127.0.0.1", port: int = 7860, tok
             token was given.
     """
     if not is_loopback(host) and not token:
-        raise UserError(f"--host {host} lets other machines reach the demo, so it needs a token that they must know: "
-                        f"add --token {secrets.token_urlsafe(12)} (or any long word of your own), "
-                        "or leave --host out to serve this machine only.")
+        raise UserError(
+            f"--host {host} lets other machines reach the demo, so it needs a token that they must know: "
+            f"add --token {secrets.token_urlsafe(12)} (or any long word of your own), "
+            "or leave --host out to serve this machine only."
+        )
     app = create_app(run, index, token=token)
     with listen(host, port) as sock:
         shown = "localhost" if is_loopback(host) or host in ("0.0.0.0", "::") else host

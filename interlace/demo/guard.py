@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
 
 from fastapi import FastAPI, HTTPException, Request
@@ -32,8 +32,11 @@ HEADERS = {
 }
 
 
-def fail(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": message}, status_code=status)
+HANG_UP = {"Connection": "close"}  # else the server goes on reading what it refused
+
+
+def fail(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": message}, status_code=status, headers=headers)
 
 
 class LimitBody:
@@ -48,14 +51,14 @@ class LimitBody:
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.limit:
-            # A client that is still writing when the connection closes never sees the reply: let it finish, within reason.
+            # A client still writing when the connection closes never sees the reply: let it finish, within reason.
             left = self.limit * 4
             while left > 0:
                 message = await receive()
                 left -= len(message.get("body", b""))
                 if message["type"] == "http.disconnect" or not message.get("more_body"):
                     break
-            return await self.refusal()(scope, receive, send)
+            return await fail(413, self.message(), HANG_UP if left <= 0 else None)(scope, receive, send)
 
         seen = 0
 
@@ -64,7 +67,7 @@ class LimitBody:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self.limit:
-                raise HTTPException(413, self.message())
+                raise HTTPException(413, self.message(), headers=HANG_UP)
             return message
 
         await self.app(scope, counted, send)
@@ -72,22 +75,20 @@ class LimitBody:
     def message(self) -> str:
         return f"The upload is larger than {(self.limit - FIELDS) / 1e6:g} MB. Send a smaller picture."
 
-    def refusal(self) -> JSONResponse:
-        return fail(413, self.message())
-
 
 def stamp(token: str) -> str:
     """What the cookie holds: proof of the token, not the token."""
     return hashlib.sha256(b"interlace demo:" + token.encode()).hexdigest()
 
 
-def same(given: str, wanted: str) -> bool:
-    return hmac.compare_digest(given.encode(), wanted.encode())
+def same(given: str, wanted: str, encoding: str = "utf-8") -> bool:
+    return hmac.compare_digest(given.encode(encoding, "replace"), wanted.encode("utf-8", "replace"))
 
 
 def allowed(request: Request, token: str) -> bool:
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and same(given.strip(), token):
+    # headers arrive as bytes and are shown as latin-1, whatever they were written in
+    if scheme.lower() == "bearer" and same(given.strip(), token, "latin-1"):
         return True
     return same(request.cookies.get(COOKIE, ""), stamp(token)) or same(request.query_params.get("token", ""), token)
 
@@ -99,20 +100,29 @@ def guard(app: FastAPI, token: str | None, max_bytes: int) -> None:
     locked = (resources.files(__package__) / "static" / "locked.html").read_text("utf-8")
 
     async def check(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.method not in ("GET", "HEAD") and request.headers.get("sec-fetch-site", "same-origin") == "cross-site":
+        if request.method not in ("GET", "HEAD") and request.headers.get("sec-fetch-site") == "cross-site":
             return fail(403, "This request comes from another site's page. Use the demo's own page or a program.")
         if token is None or request.url.path.startswith("/static/"):
             return await call_next(request)
         if not allowed(request, token):
             if "text/html" in request.headers.get("accept", ""):
                 return HTMLResponse(locked, status_code=401)
-            reply = fail(401, "A token is needed: send it as 'Authorization: Bearer TOKEN', or open the page once with ?token=TOKEN.")
-            reply.headers["WWW-Authenticate"] = "Bearer"
-            return reply
+            refused = fail(
+                401, "A token is needed: send 'Authorization: Bearer TOKEN', or open the page with ?token=TOKEN."
+            )
+            refused.headers["WWW-Authenticate"] = "Bearer"
+            return refused
         reply = await call_next(request)
-        if request.query_params.get("token"):  # not a redirect: after a link from elsewhere it would go without the Strict cookie
-            reply.set_cookie(COOKIE, stamp(token), httponly=True, samesite="strict", secure=request.url.scheme == "https",
-                             max_age=30 * 24 * 3600)
+        if request.query_params.get("token"):
+            # and no redirect to hide it: after a link from elsewhere that request would go without the Strict cookie
+            reply.set_cookie(
+                COOKIE,
+                stamp(token),
+                httponly=True,
+                samesite="strict",
+                secure=request.url.scheme == "https",
+                max_age=30 * 24 * 3600,
+            )
         return reply
 
     @app.middleware("http")

@@ -23,10 +23,22 @@ class Column(BaseModel):
 
     name: str
     type: Literal["text", "number", "boolean"]
-    distinct: int | None = Field(None, description="Different values among the rows looked at (text and boolean).")
-    values: list[ValueCount] = Field([], description="The most frequent values, most frequent first (text and boolean).")
-    minimum: float | None = Field(None, description="Smallest value (number).")
-    maximum: float | None = Field(None, description="Largest value (number).")
+    distinct: int | None = Field(
+        default=None, description="Different values among the rows looked at (text and boolean)."
+    )
+    values: list[ValueCount] = Field(
+        default=[], description="The most frequent values (text and boolean), in that order."
+    )
+    minimum: float | None = Field(default=None, description="Smallest value (number).")
+    maximum: float | None = Field(default=None, description="Largest value (number).")
+
+
+class Score(BaseModel):
+    name: str
+    value: float = Field(description="A share: 0 to 1.")
+    low: float | None = Field(default=None, description="Lower end of the 95 % interval.")
+    high: float | None = None
+    chance: float | None = Field(default=None, description="What guessing would reach.")
 
 
 class Limits(BaseModel):
@@ -39,8 +51,9 @@ class Limits(BaseModel):
 class Info(BaseModel):
     run: str
     count: int = Field(description="Pictures in the index.")
-    metrics: dict[str, float] = Field({}, description="The run's own evaluation, as it was written at training time.")
+    metrics: list[Score] = Field(default=[], description="The run's own evaluation, as it was written after training.")
     columns: list[Column]
+    exact_counts: bool = Field(description="Whether the columns' counts are of all rows or of a random sample.")
     can_match: bool = Field(description="The run can score how well words and one picture match (re-ranking).")
     can_answer: bool
     answers: list[str] = Field(description="The closed list an answer comes from; the first 500 when it is longer.")
@@ -59,7 +72,7 @@ class Item(BaseModel):
 
 class Hit(Item):
     score: float = Field(description="Similarity of query and picture. Compare it within one search only.")
-    match: float | None = Field(None, description="Probability, by the matching head, that words and picture belong together.")
+    match: float | None = Field(default=None, description="Probability that words and picture belong together.")
 
 
 class Items(BaseModel):
@@ -72,7 +85,8 @@ class Found(BaseModel):
     count: int = Field(description="Pictures in the index.")
     milliseconds: float
     reranked: bool
-    hint: str | None = Field(None, description="Why nothing or nothing convincing was found, and what to try.")
+    hint: str | None = Field(default=None, description="Why nothing or nothing convincing was found, and what to try.")
+    hopeless: bool = Field(default=False, description="Nothing resembles the query; the hits are only the nearest.")
 
 
 class AnswerChance(BaseModel):

@@ -1,8 +1,8 @@
 """Pictures of the demo page, for the documentation and for looking at one's changes.
 
-    python tests/demo/screenshots.py http://localhost:7860 shots/
-    python tests/demo/screenshots.py runs/furniture shots/           # serves the run and its index itself
-    python tests/demo/screenshots.py runs/furniture shots/ --words "a red chair" --question "which room is it for?"
+python tests/demo/screenshots.py http://localhost:7860 shots/
+python tests/demo/screenshots.py runs/furniture shots/           # serves the run and its index itself
+python tests/demo/screenshots.py runs/furniture shots/ --words "a red chair" --question "which room is it for?"
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def settle(page) -> None:
     """Until no search runs and every picture in view has arrived. (`wait_for_function` would need eval, which the page
     forbids.)"""
     page.locator("body:not(.busy) #grid:not([aria-busy])").wait_for(state="attached")
-    page.evaluate("""() => Promise.all([...document.images].filter(i => i.getBoundingClientRect().top < innerHeight && i.checkVisibility())
+    page.evaluate("""() => Promise.all([...document.images]
+        .filter(i => i.getBoundingClientRect().top < innerHeight && i.checkVisibility())
         .map(i => i.complete ? null : new Promise(done => { i.onload = i.onerror = done; })))""")
 
 

@@ -199,7 +199,9 @@ function example() {
 function aboutRun() {
   at("about-name").textContent = info.run;
   at("about-count").textContent = ` · ${count(info.count)} pictures`;
-  const rows = Object.entries(info.metrics).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, number(value))));
+  const share = (x) => (100 * x).toFixed(1);
+  const rows = info.metrics.slice(0, 14).map((m) => el("div", {}, el("dt", {}, m.name), el("dd", {}, `${share(m.value)} %`,
+    m.chance !== null ? el("small", {}, ` chance ${share(m.chance)}`) : null)));
   const can = [info.can_match ? "re-rank by matching" : null, info.can_answer ? `answer questions (${count(info.n_answers)} answers)` : null].filter(Boolean);
   at("about-body").replaceChildren(el("p", { class: "sheet-title" }, info.run),
     el("p", { class: "note" }, `${count(info.count)} pictures, ${info.columns.length} columns. It can search${can.length ? ", " + can.join(", ") : ""}.`),

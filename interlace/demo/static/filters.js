@@ -5,6 +5,8 @@ import { go, read } from "./state.js";
 
 const SHOWN = 7; // pills before "More filters"
 let columns = [];
+let rows = 0; // looked at for the values below, by the server: see facets.py
+let exact = true; // counts of all rows, not of a sample
 
 const KEYWORDS = ["and", "or", "not", "in", "is", "contains", "missing"];
 const quoted = (text) => `'${String(text).replaceAll("'", "''")}'`;
@@ -40,7 +42,7 @@ const words = (type, values) =>
 const useful = (c) =>
   c.type === "number" ? c.maximum > c.minimum
   : c.type === "boolean" ? c.values.length > 0
-  : c.distinct > 1 && c.values.length > 1 && c.values[0].count > 1;
+  : c.distinct > 1 && c.distinct <= rows / 4;
 
 function change(name, values) {
   const filters = new Map(read().filters);
@@ -59,7 +61,7 @@ function ticks(c, chosen) {
       type: "checkbox", value, checked: chosen.includes(value),
       onchange: () => change(c.name, [...list.querySelectorAll("input:checked")].map((i) => i.value)),
     });
-    list.append(el("li", {}, el("label", {}, box, el("span", {}, value), n ? el("small", {}, count(n)) : null)));
+    list.append(el("li", {}, el("label", {}, box, el("span", {}, value), n && exact ? el("small", {}, count(n)) : null)));
   }
   if (c.values.length <= 10) return [list];
   const narrow = el("input", {
@@ -109,6 +111,8 @@ export function pill(label, id, fillSheet) {
 /** Builds the row of pills once; `mark` keeps it up to date. */
 export function build(info, options) {
   columns = info.columns;
+  exact = info.exact_counts;
+  rows = Math.min(info.count, 20000);
   const shown = columns.filter(useful);
   const row = at("filters");
   row.replaceChildren();
