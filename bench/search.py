@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
     options.add_argument("--sizes", type=int, nargs="*", default=[1400, 200_000], help="synthetic rows; none to skip")
     options.add_argument("--dim", type=int, default=384)
-    options.add_argument("--queries", type=int, default=100, help="queries of one round")
+    options.add_argument("--queries", type=int, default=50, help="queries of one round")
     options.add_argument("--index", type=Path, help="measure this index as well (the folder with index.json)")
     options.add_argument("--where", action="append", default=[], help="with --index: a filter to measure under")
     given = options.parse_args(argv)

@@ -74,3 +74,50 @@ def test_synthetic_rows_are_the_same_for_all_and_clustered():
     assert 0.6 < np.median(best) < 0.95  # near ones exist, and none is the query itself
     rows, cosines = again.nearest(vectors[7], "price < 10", k=10**6)
     assert len(rows) == again.passes["price < 10"].sum() and (np.diff(cosines) <= 0).all()
+
+
+def test_frozen_towers_score_far_above_chance_where_pictures_show_their_caption(tmp_path):
+    import transformers as hf
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from bench import frozen
+
+    colours = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 40)}
+    table = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, **{c: n + 2 for n, c in enumerate(colours)}}, "[UNK]"))
+    table.pre_tokenizer = pre_tokenizers.Whitespace()
+    hf.set_seed(0)
+    hf.ViTModel(
+        hf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32,
+                     patch_size=8),
+        add_pooling_layer=False,
+    ).save_pretrained(tmp_path / "sees")  # fmt: skip
+    hf.BertModel(
+        hf.BertConfig(vocab_size=6, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
+        add_pooling_layer=False,
+    ).save_pretrained(tmp_path / "reads")
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=table, **special).save_pretrained(tmp_path / "reads")
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "set").mkdir()
+    pairs, questions = ["id,image,caption,group,split,colour"], []
+    for i in range(64):
+        colour = list(colours)[i % 4]
+        pixels = np.clip(np.array(colours[colour]) + rng.normal(scale=20, size=(40, 40, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "set" / f"{i}.png")
+        pairs.append(f"p{i},{i}.png,{colour},{colour}-{i},{'train' if i < 44 else 'test'},{colour}")
+        asked = {"id": f"q{i}", "pair_id": f"p{i}", "question": "Which colour?", "kind": "c"}
+        questions.append(json.dumps(asked | {"answers": [[colour, 1.0]]}))
+    (tmp_path / "set" / "pairs.csv").write_text("\n".join(pairs) + "\n")
+    (tmp_path / "set" / "questions.jsonl").write_text("\n".join(questions) + "\n")
+
+    towers = ["--image", str(tmp_path / "sees"), "--text", str(tmp_path / "reads"), "--size", "32", "--fit", "squash"]
+    (figures,) = frozen.main([str(tmp_path / "set"), *towers, "--out", str(tmp_path / "out.json")])
+    assert (figures["train_rows"], figures["rows"]) == (44, 20)
+    # five test pictures of each colour share their caption, so the right one is hard to tell, but not among ten
+    recall = figures["retrieval"]["t2i"]["R@10"]
+    assert recall["queries"] == 20 and recall["value"] > recall["chance"]
+    assert figures["image_to_image"]["colour"]["mAP"]["value"] > 0.8
+    assert figures["vqa"]["nearest pictures"]["value"] == 1.0
+    assert figures["vqa"]["question only"]["value"] == 0.25 == figures["vqa"]["chance_by_kind"]["c"]
+    assert json.loads((tmp_path / "out.json").read_text())["sources"] == [figures]
