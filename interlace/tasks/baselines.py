@@ -269,7 +269,7 @@ def _similar(queries: np.ndarray, gallery: np.ndarray, columns: np.ndarray) -> I
     picture): each distinct row is multiplied once."""
     distinct, place = np.unique(columns, return_inverse=True)
     rows = gallery[distinct]
-    for part in blocks(len(queries), max(len(columns), 1)):
+    for part in blocks(len(queries), max(len(columns), 1), "nearest pictures"):
         yield part, (queries[part] @ rows.T)[:, place]
 
 

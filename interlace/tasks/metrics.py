@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from interlace.errors import UserError
 from interlace.tasks.uncertainty import Difference, Interval, bootstrap_interval, paired_difference
@@ -165,7 +166,7 @@ def recall_at_k(scores: Any, relevant: Any, ks: Sequence[int] = (1, 5, 10), excl
     if not ks or min(ks) < 1:
         raise ValueError(f"ks must be positive integers, got {list(ks)}")
     ranks = np.full(queries, np.nan)
-    for rows in blocks(queries, gallery):
+    for rows in blocks(queries, gallery, "recall"):
         block, right = _scores_of(scores, rows), _bools_of(relevant, rows)  # (b, N), (b, N)
         wrong = ~right
         if exclude is not None:
@@ -262,7 +263,7 @@ def mean_average_precision(
     members = _members(codes)
     clan = _members(own)
     values, sizes, galleries = np.full(count, np.nan), np.zeros(count, np.int64), np.zeros(count, np.int64)
-    for rows in blocks(count, gallery):
+    for rows in blocks(count, gallery, "average precision"):
         block = np.array(_scores_of(similarities, rows))  # (b, N), a copy: ours to write into
         if not np.issubdtype(block.dtype, np.floating): block = block.astype(np.float64)
         block[:, unknown] = -np.inf
@@ -339,10 +340,11 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.where(length == 0, 1, length)
 
 
-def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows, each of about BLOCK_NUMBERS numbers."""
+def blocks(rows: int, columns: int, title: str = "") -> Iterator[slice]:
+    """Slices of rows, each of about BLOCK_NUMBERS numbers; with a title, a bar once it has taken two seconds."""
     step = max(1, BLOCK_NUMBERS // max(1, columns))
-    for start in range(0, rows, step):
+    starts = range(0, rows, step)
+    for start in tqdm(starts, desc=title, unit="block", leave=False, delay=2, disable=not title):
         yield slice(start, min(start + step, rows))
 
 
