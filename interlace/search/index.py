@@ -52,6 +52,7 @@ SKIPPED = "skipped.jsonl"
 CLEANUP_MARGIN = timedelta(minutes=10)
 WAIT = 30.0  # seconds an upsert or delete waits for another writer; a build does not wait
 ROWS_PER_PARTITION = 4096  # 245 partitions at a million rows, where the settings were measured
+MANY_FILES = 20  # small files of rows after which an upsert tidies up; a build always does
 AT_A_TIME = 1000  # ids in one statement
 
 
@@ -260,7 +261,7 @@ class Index:
         with self._reading():
             table = self._fresh()
             total = table.count_rows()
-            picked = np.sort(np.random.default_rng(seed).choice(total, min(n, total), replace=False))
+            picked = np.sort(np.random.default_rng(seed).permutation(total)[:n])
             return table.take_offsets(picked.tolist()).select(list(fields)).to_arrow()
 
     def nearest(
@@ -350,7 +351,8 @@ class Index:
                     added, updated = self.commit(rows)
                     result.added += added
                     result.updated += updated
-            self.optimise()
+            if self._table.stats()["fragment_stats"]["num_small_fragments"] >= MANY_FILES:
+                self.optimise()
         return result
 
     def delete(self, ids: Iterable[str]) -> int:

@@ -13,7 +13,7 @@ from interlace.search.search import Result
 
 
 def print_hits(result: Result, console: Console | None = None) -> None:
-    """One line per hit: score, match, name, caption, and where the picture is."""
+    """The note, then for each hit its match, score, name and caption, and on a second line where the picture is."""
     console = console or Console()
     if result.note:
         console.print(escape(result.note), style="yellow" if result.hopeless else "")
@@ -27,9 +27,7 @@ def print_hits(result: Result, console: Console | None = None) -> None:
     table.add_column("score", justify="right")
     if worded:
         table.add_column("words", justify="right")
-    table.add_column("name", max_width=32, overflow="ellipsis", no_wrap=True)
-    table.add_column("caption", ratio=1, overflow="ellipsis", no_wrap=True)
-    table.add_column("picture", overflow="fold")
+    table.add_column("picture", ratio=1, overflow="fold")
     for n, hit in enumerate(result, 1):
         cells = [str(n)]
         if matched:
@@ -38,7 +36,8 @@ def print_hits(result: Result, console: Console | None = None) -> None:
         if worded:
             cells.append("-" if hit.words is None else f"{hit.words:.1f}")
         caption = " ".join(hit.caption.split())[:200]
-        table.add_row(*cells, *map(escape, (hit.name, caption, str(hit.picture) if hit.picture.path else hit.id)))
+        where = str(hit.picture) if hit.picture.path else f"id {hit.id}"
+        table.add_row(*cells, f"[bold]{escape(hit.name)}[/bold]  {escape(caption)}\n[dim]{escape(where)}[/dim]")
     console.print(table)
     console.print(f"{len(result)} hits in {result.seconds * 1000:.0f} ms", style="dim")
 

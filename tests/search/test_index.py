@@ -19,7 +19,7 @@ from squares import COLUMNS, ColourEncoder, ListSource
 
 from interlace.data.rows import Pair, Picture
 from interlace.errors import UserError
-from interlace.search import Index, build_index, print_report, recall_against_exact
+from interlace.search import Index, build_index, print_report, recall_against_exact, search
 from interlace.search.filters import parse
 from interlace.search.lock import writing
 from interlace.search.rows import Row, fingerprints, new_column
@@ -368,14 +368,15 @@ def test_a_build_above_the_threshold_reports_recall(run, squares, capsys):
     assert not Index.open(report.folder, run).searches_exactly()
 
 
-def test_optimise_leaves_few_files(run, squares):
+def test_many_small_upserts_leave_few_files(run, squares):
     build(run, squares(3))
     index = Index.open(run.folder / "index", run)
-    for i in range(4, 16):
-        index.commit([Row(p, fingerprints(p), np.ones(64) / 8, None, None) for p in squares(i, i - 1)])
-    assert index._table.stats()["fragment_stats"]["num_fragments"] > 10
+    for i in range(4, 40):
+        index.upsert(squares(i, i - 1))
+    assert index._table.stats()["fragment_stats"]["num_fragments"] <= 21 and len(index) == 39
     index.optimise()
-    assert index._table.stats()["fragment_stats"]["num_fragments"] <= 2 and len(index) == 15
+    assert index._table.stats()["fragment_stats"]["num_fragments"] <= 2 and len(index) == 39
+    assert search(index, run, text="number38", mode="text")[0].id == "item 38"
 
 
 def test_odd_column_names_and_changed_types(run, squares):
@@ -394,14 +395,14 @@ def test_odd_column_names_and_changed_types(run, squares):
     expected = {'"Width (cm)" >= 1': 4, "width cm = -2": 1, "größe = 'ü''%'": 6, "name = n1": 1, "select = yes": 2}
     for text, count in expected.items():
         assert index.count(parse(text, index.filter_columns)) == count, text
-    again = ListSource(squares(6))
+    again = ListSource(squares(9))
     again.columns = {"select": "text"}
     for pair in again.rows:
         pair.attributes = {"select": "maybe"}
     build_index(run, again, progress=False)
     index = Index.open(run.folder / "index", run)
     assert index.columns == {"select": "text"}
-    assert index.count(parse("select = maybe", index.filter_columns)) == 6
+    assert index.count(parse("select = maybe", index.filter_columns)) == 9  # rows of before, and new ones
     assert new_column("漢字", "text", ["a_"]).field == "a__2"
 
 
@@ -421,3 +422,43 @@ def test_a_full_disk_is_told_and_earlier_rows_survive(run, squares, tmp_path):
         assert build(run, squares(300), disk / "index").rows == 300
     finally:
         os.system(f"umount {disk}")
+
+
+def test_real_sources_a_table_and_a_tar(run, squares, tmp_path):
+    import csv
+    import tarfile
+
+    from interlace.data.sources.open import open_source
+
+    pairs = squares(12)
+    folder = tmp_path / "table"
+    folder.mkdir()
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "image", "caption", "room", "width_cm"])
+        for pair in pairs:
+            writer.writerow(
+                [pair.id, pair.picture.path, pair.caption, pair.attributes["room"], pair.attributes["width_cm"]]
+            )
+    source = open_source(folder)
+    assert build_index(run, source, progress=False).added == 12
+    index = Index.open(run.folder / "index", run)
+    assert index.columns == {"room": "text", "width_cm": "number"}
+    hits = search(index, run, text="red", where="room = Kitchen and width_cm is missing")
+    assert [hit.id for hit in hits] == ["item 0"]
+    assert build_index(run, open_source(folder), progress=False).unchanged == 12
+
+    shard = tmp_path / "shards" / "0000.tar"
+    shard.parent.mkdir()
+    with tarfile.open(shard, "w") as tar:
+        for pair in pairs:
+            number = pair.id.split()[1].zfill(4)
+            tar.add(pair.picture.path, f"{number}.png")
+            (text := tmp_path / "caption.txt").write_text(pair.caption)
+            tar.add(text, f"{number}.txt")
+    source = open_source(shard.parent)
+    other = tmp_path / "tar_index"
+    assert build_index(run, source, other, progress=False).added == 12
+    hit = search(Index.open(other, run), run, text="purple", k=1)[0]
+    assert hit.picture.offset and hit.picture.path == str(shard)
+    assert Image.open(BytesIO(hit.picture.read())).format == "PNG"
