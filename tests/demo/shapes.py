@@ -58,10 +58,15 @@ def pairs(folder: Path) -> list[Pair]:
                         caption=f"a {'large' if size > 100 else 'small'} {colour} {shape}",
                         group=f"{colour} {shape}",
                         split="train",
-                        attributes={"shape": shape, "colour": colour, "size": float(size), "warm": n in (0, 3, 5, 6),
-                                    "price": 4.5 * n or None},
+                        attributes={
+                            "shape": shape,
+                            "colour": colour,
+                            "size": float(size),
+                            "warm": n in (0, 3, 5, 6),
+                            "price": 4.5 * n or None,
+                        },
                         name=f"{colour.capitalize()} {shape}",
-                    )  # fmt: skip
+                    )
                 )
     made[0].name = made[0].caption = made[0].attributes["colour"] = HOSTILE
     return made

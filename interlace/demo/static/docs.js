@@ -15,7 +15,7 @@ function type(schema = {}) {
   if (schema.additionalProperties) return el("span", {}, "names to ", type(schema.additionalProperties));
   if (schema.format === "binary" || schema.contentMediaType) return "file";
   const bounds = [[schema.minimum, "from"], [schema.maximum, "to"], [schema.maxLength, "at most", "characters"]]
-    .filter(([value]) => value !== undefined).map(([value, before, after]) => [before, value, after].filter(Boolean).join(" ")).join(" ");
+    .filter(([value]) => value !== undefined).map(([value, before, after]) => [before, value, after].filter((part) => part !== undefined).join(" ")).join(" ");
   return [schema.type ?? "anything", bounds].filter(Boolean).join(", ");
 }
 

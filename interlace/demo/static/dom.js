@@ -49,8 +49,23 @@ export function show(value) {
   return typeof value === "number" ? number(value) : String(value);
 }
 
-/** "seating_height" -> "Seating height". */
-export function title(column) {
-  const words = column.replaceAll("_", " ").trim();
-  return words.charAt(0).toUpperCase() + words.slice(1);
+// Units people put at the end of a column's name, as they are written: width_cm, energy_kj.
+const UNITS = Object.fromEntries(["mm", "cm", "m", "km", "mg", "g", "kg", "ml", "l", "kJ", "kcal", "W", "kW", "ms", "s", "min", "h", "px", "EUR", "USD", "GBP"]
+  .map((unit) => [unit.toLowerCase(), unit]));
+
+/** "seat_height_cm" -> {label: "Seat height", unit: "cm"}. */
+function parts(column) {
+  const words = column.replaceAll("_", " ").trim().split(/\s+/);
+  const unit = words.length > 1 ? UNITS[words.at(-1).toLowerCase()] ?? "" : "";
+  const text = (unit ? words.slice(0, -1) : words).join(" ");
+  return { label: text.charAt(0).toUpperCase() + text.slice(1), unit };
+}
+
+/** "seat_height_cm" -> "Seat height". */
+export const title = (column) => parts(column).label;
+
+/** A value with its column's unit: "48.3 cm". */
+export function valueOf(column, value) {
+  const { unit } = parts(column);
+  return typeof value === "number" && unit ? `${number(value)} ${unit}` : show(value);
 }

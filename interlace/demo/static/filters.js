@@ -1,9 +1,9 @@
 // A pill per column, each opening a small sheet: values to tick, a range to type, or yes and no.
 
-import { CROSS, at, count, el, icon, number, show, title } from "./dom.js";
+import { CROSS, at, count, el, icon, number, show, title, valueOf } from "./dom.js";
 import { go, read } from "./state.js";
 
-const SHOWN = 7; // pills before "More filters"
+const SHOWN = 8; // pills before "More filters"
 let columns = [];
 let rows = 0; // looked at for the values below, by the server: see facets.py
 let exact = true; // counts of all rows, not of a sample
@@ -84,7 +84,8 @@ function range(c, chosen) {
   });
   const from = side("at least", low, c.minimum);
   const to = side("at most", high, c.maximum);
-  return [el("div", { class: "range" }, el("label", {}, "at least", from), el("label", {}, "at most", to))];
+  return [el("div", { class: "range" }, el("label", {}, "at least", from), el("label", {}, "at most", to)),
+    el("p", { class: "note" }, `${valueOf(c.name, c.minimum)} to ${valueOf(c.name, c.maximum)}`)];
 }
 
 function yesNo(c, chosen) {
@@ -159,5 +160,5 @@ export function brief(attributes) {
   const known = columns.filter((c) => show(attributes[c.name]) !== "–");
   const texts = known.filter((c) => c.type === "text" && useful(c));
   const numbers = known.filter((c) => c.type === "number" && useful(c));
-  return [...texts.slice(0, 1), ...numbers.slice(0, 2), ...texts.slice(1)].slice(0, 3).map((c) => [title(c.name), c.type === "number" ? `${title(c.name).toLowerCase()} ${show(attributes[c.name])}` : show(attributes[c.name])]);
+  return [...texts.slice(0, 1), ...numbers.slice(0, 2), ...texts.slice(1)].slice(0, 3).map((c) => [title(c.name), c.type === "number" ? `${title(c.name).toLowerCase()} ${valueOf(c.name, attributes[c.name])}` : show(attributes[c.name])]);
 }

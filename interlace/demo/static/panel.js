@@ -1,7 +1,7 @@
 // One picture, large: its attributes, what resembles it, and questions about it.
 
 import * as api from "./api.js";
-import { CROSS, at, el, icon, percent, plural, show, title } from "./dom.js";
+import { CROSS, at, el, icon, percent, plural, show, title, valueOf } from "./dom.js";
 import { card } from "./results.js";
 import { go, pictures, read } from "./state.js";
 
@@ -94,22 +94,19 @@ async function showItem(info, id, signal) {
   }
   const list = el("dl", { class: "table" });
   for (const [column, value] of Object.entries(item.attributes)) {
-    if (show(value) !== "–") list.append(el("div", {}, el("dt", {}, title(column)), el("dd", {}, show(value))));
+    if (show(value) !== "–") list.append(el("div", {}, el("dt", {}, title(column)), el("dd", {}, valueOf(column, value))));
   }
   const row = el("ul", { class: "row" });
-  const questions = asking(info, { item: id });
-  const table = [list.children.length ? list : null, el("p", { class: "id" }, el("span", { class: "note" }, "id "), el("code", {}, item.id))];
-  frame(item.name || item.id, api.address(id, "picture"), item.caption || item.name,
-    [item.caption && item.caption !== item.name ? el("p", { class: "caption" }, item.caption) : null, questions, ...(questions ? [] : table)],
-    questions ? table : []);
-  at("panel-name").focus();
   const similar = el("section", { class: "similar", "aria-labelledby": "similar-title" },
     el("div", { class: "heading" }, el("h3", { id: "similar-title" }, "Similar ones"),
       el("button", { type: "button", class: "quiet", onclick: () => {
         go({ like: id, q: null, pic: null, item: null, ask: null, k: null });
         dispatchEvent(new Event("moved"));
       } }, "Search with this picture")), row);
-  at("panel-inner").append(similar);
+  frame(item.name || item.id, api.address(id, "picture"), item.caption || item.name,
+    [item.caption && item.caption !== item.name ? el("p", { class: "caption" }, item.caption) : null, asking(info, { item: id }), similar],
+    [list.children.length ? list : null, el("p", { class: "id" }, el("span", { class: "note" }, "id "), el("code", {}, item.id))]);
+  at("panel-name").focus();
   try {
     const { hits } = await api.search({ like: id, k: 8 }, signal);
     row.replaceChildren(...hits.map((hit) => card(hit, { compact: true })));

@@ -23,7 +23,7 @@ export function card(hit, { compact = false } = {}) {
   });
   return el("li", {}, el("a", { class: compact ? "card compact" : "card", href: link({ ...read(), item: hit.id, ask: null }), "data-id": hit.id },
     el("span", { class: "tile" }, picture),
-    el("span", { class: "line" }, name, figures),
+    name, compact ? null : figures,
     compact ? null : el("span", { class: "attributes" }, ...brief(hit.attributes).map(([column, text], i, all) => el("span", { title: column }, i < all.length - 1 ? `${text} · ` : text)))));
 }
 
