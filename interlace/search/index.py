@@ -246,14 +246,17 @@ class Index:
         with self._reading():
             yield from self._fresh().search().select(list(fields)).limit(None).to_batches(batch_size=size)
 
-    def values(self, name: str) -> Counter[Any]:
-        """How often each value of an attribute occurs; missing ones are not counted."""
+    def values(self, name: str, most: int = 10_000) -> Counter[Any]:
+        """How often each value of an attribute occurs; missing ones are not counted. It stops looking at `most`
+        different values: such a column is a text of its own for nearly every row."""
         column = next((c for c in self.filter_columns if c.name == name), None)
         if column is None:
             raise UserError(f"No column {name!r} in this index.{suggest(name, self.columns)}")
         counts: Counter[Any] = Counter()
         for batch in self._stream([column.field]):
             counts.update(value for value in batch.column(0).to_pylist() if value is not None)
+            if len(counts) >= most:
+                break
         return counts
 
     def sample(self, n: int, fields: Sequence[str], seed: int = 0) -> pa.Table:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from interlace.errors import UserError
 from interlace.search import Index, build_index, print_report, recall_against_exact, search
 from interlace.search.filters import parse
 from interlace.search.lock import writing
-from interlace.search.rows import Row, fingerprints, new_column
+from interlace.search.rows import Row, fingerprints, new_column, table_of
 
 HERE = Path(__file__).parent
 
@@ -305,10 +306,18 @@ def test_concurrent_upserts_of_the_same_new_ids(run, squares):
         list(pool.map(lambda index: index.upsert(pairs), writers))
     assert ids(writers[0]) == sorted(p.id for p in pairs)
 
-    rows = [Row(p, fingerprints(p), np.ones(64, dtype=np.float32) / 8, None, None) for p in squares(60)]
+    rows = [Row(p, fingerprints(p), np.ones(64, dtype=np.float32) / 8, None, None) for p in squares(60, 24)]
+    tables = [table_of(rows[9 * n : 9 * n + 9], 64, writers[0].manifest.columns) for n in range(4)]
+    together = Barrier(4)
+
+    def past_the_lock(index: Index) -> None:
+        for table in tables:
+            together.wait()
+            index._merge(table)
+
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda index: index.commit(rows), writers))
-    assert ids(writers[0]) == sorted(row.pair.id for row in rows)
+        list(pool.map(past_the_lock, writers))
+    assert ids(writers[0]) == sorted(p.id for p in squares(60))
 
 
 def random_index(folder: Path, run, n: int, exact_below: int) -> Index:
