@@ -47,6 +47,8 @@ def compose(what: Composition, objectives: list[Objective], augment: Augment | N
     if image is not None:
         model.image.tower.load_state_dict(image.model.state_dict())
         model.image.start()
+    if "answers" in model.heads:
+        model.heads["answers"].start()
     return model, _processor(what, config, tokenizer, augment or Augment())
 
 

@@ -69,6 +69,12 @@ class Answers(Pair):
 
     def __init__(self, text: int, image: int, labels: int):
         super().__init__(text, image, hidden=2 * min(text, image), out=labels)
+        self.labels = labels
+
+    def start(self) -> None:
+        # one answer in `labels` is right: begin there, or the first steps only learn that most answers are wrong
+        # (Lin et al. 2017, arXiv:1708.02002, section 4.1)
+        nn.init.constant_(self.out.bias, -math.log(max(self.labels - 1, 1)))
 
 
 HEADS = {"contrast": Contrast, "match": Match, "answers": Answers}

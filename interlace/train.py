@@ -59,8 +59,8 @@ def build_objectives(settings: Settings, source: Source) -> list[tuple[Objective
 
 
 class VLTrainer(SafeTrainer):
-    """What vision-language training adds to the safe trainer: rows by (epoch, position), learning rates by part, losses
-    by name, and a contrast whose batch is the whole batch under gradient accumulation."""
+    """What vision-language training adds to the safe trainer: rows by (epoch, position), learning rates by part, and a
+    contrast whose batch is the whole batch under gradient accumulation."""
 
     def __init__(self, *args: Any, learner: Learner, settings: Settings, **kwargs: Any):
         super().__init__(*args, model=learner, **kwargs)
@@ -111,7 +111,7 @@ class VLTrainer(SafeTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         skipped = inputs.pop("skipped")
-        self.asked += len(inputs["rows"]) + len(skipped)
+        self.asked += len(inputs["group"]) + len(skipped)
         self.skipped.update(skipped)
         self._too_many_skipped()
         if self._waiting:
@@ -124,12 +124,6 @@ class VLTrainer(SafeTrainer):
             first = ", ".join(f"{row}: {why}" for row, why in list(self.skipped.items())[:3])
             raise UserError(f"{len(self.skipped)} of the first {self.asked} pictures could not be read ({first}, ...): more "
                             f"than data.max_skipped={self.settings.data.max_skipped:.0%}. Run `interlace data check`.")  # fmt: skip
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.update({k: round(v, 5) for k, v in self.learner.pop_logs().items() if k != "itc_rows"})
-        super().log(logs, start_time)
-
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -198,13 +192,10 @@ def train(settings: Settings) -> Path:
     settings.save(out / "config.yaml")
     write_json(out / "data.json", describe_data(source))
     trainer = VLTrainer(learner=learner, settings=settings, args=_arguments(settings, out), train_dataset=samples,
-                        data_collator=Collate(processor))  # fmt: skip
+                        data_collator=Collate(processor), log_file=out / LOG, progress_seconds=10)  # fmt: skip
     trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, len(samples)) // 5)))
-    resume = newest_complete(out / CHECKPOINTS)
-    if resume is not None:
-        print(f"resuming from {resume}")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if trainer.state.global_step < trainer.state.max_steps:  # stopped by a signal, checkpoint written
+    trainer.train(resume_from_checkpoint=newest_complete(out / CHECKPOINTS) is not None)
+    if trainer.stopped_by is not None:
         return out
     if trainer.is_world_process_zero():
         finish(out, settings, learner, processor, objectives, source, trainer)
@@ -284,6 +275,14 @@ def describe_data(source: Source) -> dict[str, Any]:
             "columns": source.columns}  # fmt: skip
 
 
+def train_seconds(log: Path) -> float:
+    """Seconds of training over all resumes: the gaps between the log's lines, but not those while the run was down."""
+    from interlace.card import read_log
+
+    entries = read_log(log)
+    return sum(b["time"] - a["time"] for a, b in zip(entries, entries[1:]) if b.get("event") != "resumed")
+
+
 def finish(out: Path, settings: Settings, learner: Learner, processor: Processor,
            objectives: list[tuple[Objective, float]], source: Source, trainer: VLTrainer) -> None:  # fmt: skip
     """Weights, answers, metrics, plot and card; the completion mark comes last."""
@@ -293,7 +292,7 @@ def finish(out: Path, settings: Settings, learner: Learner, processor: Processor
     from interlace.evaluate import evaluate, fit_temperature
 
     answers = next((o.answers for o, _ in objectives if o.name == "vqa"), [])  # type: ignore[attr-defined]
-    facts = {"name": out.name, "steps": trainer.state.global_step, "train_seconds": trainer.seconds,
+    facts = {"name": out.name, "steps": trainer.state.global_step, "train_seconds": train_seconds(out / LOG),
              "skipped": len(trainer.skipped), "data": source.name, "data_fingerprint": source.fingerprint}  # fmt: skip
     if trainer.skipped:
         lines = [json.dumps({"id": row, "reason": why}) for row, why in trainer.skipped.items()]

@@ -100,7 +100,7 @@ class Collate:
 
     >>> Collate(processor)([{"pixel_values": (3, 8, 8), "texts": {"caption": "a cat"}, "group": 7, ...}, ...])
     {"pixel_values": uint8 (B, 3, 8, 8), "caption_ids": (B, T), "caption_mask": (B, T), "caption_real": (B,) bool,
-     "group": (B,), "rows": [ids], "skipped": [(id, reason)], and what the objectives added, stacked}
+     "group": (B,), "ids": [row ids], "skipped": [(id, reason)], and what the objectives added, stacked}
     """
 
     def __init__(self, processor: Processor):
@@ -108,7 +108,7 @@ class Collate:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
-            "rows": [s["id"] for s in samples],
+            "ids": [s["id"] for s in samples],
             "skipped": [bad for s in samples for bad in s["skipped"]],
             "group": torch.tensor([s["group"] for s in samples]),
         }

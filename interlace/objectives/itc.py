@@ -42,7 +42,6 @@ class ITC(Objective):
         if views.others is not None:
             parts = views.others.parts
             scale = scale / parts + scale.detach() * (1 - 1 / parts)  # it is differentiated once per micro-batch
-        rows = len(text)
         text, image, group, real = gather(text, True), gather(image, True), gather(group), gather(real)
         if views.others is not None:
             text, image = torch.cat([text, views.others.text]), torch.cat([image, views.others.image])
@@ -50,7 +49,6 @@ class ITC(Objective):
         loss, logs = contrast(text, image, group, real, scale)
         if parts > 1:  # the trainer will divide by the number of micro-batches, but each gives only its own derivative
             loss = loss * parts - (loss * (parts - 1)).detach()
-        logs["itc_rows"] = torch.tensor(float(rows))
         return Scored(loss, logs)
 
 

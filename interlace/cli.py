@@ -1,0 +1,288 @@
+"""The command line: thin over the same functions that Python users call. Heavy imports wait inside the verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from interlace import __version__
+from interlace.errors import UserError, suggest
+
+SOURCE_HELP = ("a sample set (furniture, food, interiors), a folder of pictures, a CSV/TSV/JSON/JSONL/Parquet file, an HF "
+               "dataset on disk, WebDataset shards; several joined by commas")  # fmt: skip
+
+
+def columns(given: list[str] | None) -> dict[str, str] | None:
+    """`["caption=title"]` -> {"caption": "title"}."""
+    out = {}
+    for pair in given or []:
+        ours, sign, theirs = pair.partition("=")
+        if not sign:
+            raise UserError(f"--column {pair!r}: write ours=theirs, for instance --column caption=title.")
+        out[ours.strip()] = theirs.strip()
+    return out or None
+
+
+def open_table(args: argparse.Namespace) -> Any:
+    from interlace.data.sources import open_source
+
+    return open_source(args.source, columns=columns(args.column))
+
+
+def open_query_picture(path: str | None) -> Any:
+    """A picture the person at the keyboard names. Raises UserError when it cannot be read."""
+    if path is None:
+        return None
+    from interlace.data.pictures import BadPicture, open_picture
+
+    if not Path(path).expanduser().is_file():
+        raise UserError(f"no picture at {path}.")
+    try:
+        return open_picture(Path(path).expanduser())
+    except BadPicture as bad:
+        raise UserError(f"{path} cannot be read as a picture: {bad.reason}.") from None
+
+
+# --------------------------------------------------------------------------------------------------------------- verbs
+
+
+def data_get(args: argparse.Namespace) -> int:
+    from interlace.data.samples import get_sample
+
+    for name in args.names:
+        print(get_sample(name))
+    return 0
+
+
+def data_show(args: argparse.Namespace) -> int:
+    from interlace.data.show import show
+    from interlace.towers import load_tokenizer
+
+    processor = None
+    if args.run:
+        from interlace.data.processor import Processor
+
+        processor = Processor.load(args.run)
+    show(open_table(args), rows=args.rows, processor=processor, tokenizer=None if processor else load_tokenizer(args.text))
+    return 0
+
+
+def data_check(args: argparse.Namespace) -> int:
+    from interlace.data.check import check
+    from interlace.towers import load_tokenizer
+
+    report = check(args.source, columns=columns(args.column), max_length=args.max_length, tokenizer=load_tokenizer(args.text))
+    return report.exit_status
+
+
+def train_run(args: argparse.Namespace) -> int:
+    from interlace.settings import load_settings
+
+    overrides = list(args.overrides)
+    config = args.config
+    if config is not None and "=" in config and not Path(config).exists():  # no config, only overrides
+        overrides, config = [config, *overrides], None
+    settings = load_settings(config, overrides)
+    if not settings.data.source:
+        raise UserError("no data: set data.source to a sample set's name or a path, for instance data.source=furniture.")
+    from interlace.run import MARK
+    from interlace.train import train
+
+    out = train(settings)
+    if (out / MARK).is_file():
+        metrics = out / "metrics.json"
+        if metrics.is_file() and int(os.environ.get("RANK", "0")) == 0:
+            from interlace.evaluate import print_metrics
+
+            print_metrics(json.loads(metrics.read_text()))
+        print(f"run folder: {out}")
+        return 0
+    print(f"stopped; the same command resumes from {out}/checkpoints")
+    return 143
+
+
+def evaluate_run(args: argparse.Namespace) -> int:
+    from interlace.evaluate import evaluate, print_metrics
+    from interlace.run import Run, write_json
+
+    metrics = evaluate(Run.load(args.run), open_table(args), args.split, args.limit)
+    print_metrics(metrics)
+    if args.out:
+        write_json(Path(args.out), metrics)
+    return 0
+
+
+def compare_runs(args: argparse.Namespace) -> int:
+    from interlace.compare import compare
+
+    compare(args.config, args.overrides, fusions=args.fusion.split(","), streams=args.streams.split(","),
+            seeds=[int(s) for s in args.seeds.split(",")], out=Path(args.out))  # fmt: skip
+    return 0
+
+
+def index_source(args: argparse.Namespace) -> int:
+    from interlace.run import Run
+    from interlace.search import build_index
+
+    build_index(Run.load(args.run), open_table(args), where=Path(args.index) if args.index else None)
+    return 0
+
+
+def search_index(args: argparse.Namespace) -> int:
+    from interlace.run import Run
+    from interlace.search import Index, print_hits, search, to_dict
+
+    picture = open_query_picture(args.image)
+    run = Run.load(args.run)
+    index = Index.open(Path(args.index) if args.index else run.folder / "index", run)
+    result = search(index, run, text=args.text, picture=picture, where=args.where, k=args.k, weight=args.weight,
+                    mode=args.mode, rerank=args.rerank)  # fmt: skip
+    print(json.dumps(to_dict(result), ensure_ascii=False, indent=2)) if args.json else print_hits(result)
+    return 0
+
+
+def answer_question(args: argparse.Namespace) -> int:
+    from interlace.run import Run
+
+    picture = open_query_picture(args.image)
+    allowed = [a.strip() for a in args.allowed.split(",")] if args.allowed else None
+    answers = Run.load(args.run).answer(picture, args.question, allowed)[: args.k]
+    if args.json:
+        print(json.dumps([{"answer": a, "probability": p} for a, p in answers], ensure_ascii=False, indent=2))
+    else:
+        for answer, probability in answers:
+            print(f"{probability:6.1%}  {'#' * round(30 * probability):30s}  {answer}")
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    from interlace.demo.app import serve
+    from interlace.run import Run
+    from interlace.search import Index
+
+    run = Run.load(args.run)
+    index = Index.open(Path(args.index) if args.index else run.folder / "index", run)
+    serve(run, index, host=args.host, port=args.port, token=args.token, open_browser=not args.no_browser)
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------------- parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Suggests the nearest verb or flag instead of listing all of them."""
+
+    def error(self, message: str) -> Any:
+        if "invalid choice" in message:
+            given = message.split("invalid choice: ")[1].split(" (")[0].strip("'\"")
+            verbs = [v for a in self._actions if isinstance(a, argparse._SubParsersAction) for v in a.choices]
+            message += suggest(given, verbs)
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="interlace", description="From a table of pictures and texts to a search box.")
+    parser.add_argument("--version", action="version", version=f"interlace {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], help: str, to: Any = verbs) -> argparse.ArgumentParser:
+        sub = to.add_parser(name, help=help, description=help)
+        sub.set_defaults(run_verb=run)
+        return sub
+
+    def source(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("source", help=SOURCE_HELP)
+        sub.add_argument("--column", action="append", metavar="OURS=THEIRS",
+                         help="name a column, for instance caption=title; repeat for more")  # fmt: skip
+
+    data = verbs.add_parser("data", help="get, show and check pictures and texts")
+    parts = data.add_subparsers(dest="part", required=True, metavar="get|show|check")
+    sub = verb("get", data_get, "bring sample sets to this machine", parts)
+    sub.add_argument("names", nargs="+", metavar="NAME", help="furniture, food, interiors")
+    sub = verb("show", data_show, "print rows, batch shapes and the words the model sees", parts)
+    source(sub)
+    sub.add_argument("--rows", type=int, default=3)
+    sub.add_argument("--run", help="show what this run's processor makes of the rows")
+    sub.add_argument("--text", default="minilm", help="text tower whose tokenizer to use without --run")
+    sub = verb("check", data_check, "find unreadable files, leaks, duplicates, cut captions; exits 1 on errors", parts)
+    source(sub)
+    sub.add_argument("--max-length", type=int, default=40, help="tokens a caption may have before it is cut")
+    sub.add_argument("--text", default="minilm", help="text tower whose tokenizer counts")
+
+    sub = verb("train", train_run, "train, or resume, a run")
+    sub.add_argument("config", nargs="?", help="a YAML file or a shipped recipe (demo)")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    sub = verb("evaluate", evaluate_run, "score a run on held-out rows, beside chance and blind")
+    sub.add_argument("run")
+    source(sub)
+    sub.add_argument("--split", default="test", choices=["train", "val", "test"])
+    sub.add_argument("--limit", type=int, default=10_000, help="rows at the most, sampled with a fixed seed")
+    sub.add_argument("--out", help="write the numbers as JSON")
+
+    sub = verb("compare", compare_runs, "late, mid and early fusion at the same budget, one table")
+    sub.add_argument("config", help="a YAML file or a shipped recipe (demo)")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    sub.add_argument("--fusion", default="late,mid,early")
+    sub.add_argument("--streams", default="dual")
+    sub.add_argument("--seeds", default="0,1,2")
+    sub.add_argument("--out", default="runs/compare")
+
+    sub = verb("index", index_source, "embed a source so that it can be searched; only what changed the next time")
+    sub.add_argument("run")
+    source(sub)
+    sub.add_argument("--index", help="folder of the index (default: RUN/index)")
+
+    sub = verb("search", search_index, "search an index by words, by a picture, or both")
+    sub.add_argument("run")
+    sub.add_argument("text", nargs="?", help="words")
+    sub.add_argument("--image", help="a picture to search by")
+    sub.add_argument("--where", help='a filter: "category = Kitchen and width_cm < 80"')
+    sub.add_argument("-k", type=int, default=20)
+    sub.add_argument("--weight", type=float, default=0.5, help="share of the picture when words and picture are given")
+    sub.add_argument("--mode", default="vector", choices=["vector", "text", "hybrid"])
+    sub.add_argument("--rerank", action=argparse.BooleanOptionalAction, default=None,
+                     help="second stage by the fusion layers (default: where the run has them)")  # fmt: skip
+    sub.add_argument("--index", help="folder of the index (default: RUN/index)")
+    sub.add_argument("--json", action="store_true")
+
+    sub = verb("answer", answer_question, "ask a question about a picture")
+    sub.add_argument("run")
+    sub.add_argument("image")
+    sub.add_argument("question")
+    sub.add_argument("--allowed", help='only these answers: "Kitchen,Bathroom"')
+    sub.add_argument("-k", type=int, default=5)
+    sub.add_argument("--json", action="store_true")
+
+    sub = verb("demo", demo, "open the search page in the browser")
+    sub.add_argument("run")
+    sub.add_argument("--index", help="folder of the index (default: RUN/index)")
+    sub.add_argument("--host", default="127.0.0.1")
+    sub.add_argument("--port", type=int, default=7860)
+    sub.add_argument("--token", help="ask visitors for this token; needed on any host but localhost")
+    sub.add_argument("--no-browser", action="store_true")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run_verb(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `interlace search ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The whole way on drawn shapes: it learns, it looks, it resumes, and the folder holds everything."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from interlace.data.sources import open_source
+from interlace.errors import UserError
+from interlace.evaluate import evaluate
+from interlace.run import Run
+from tests.conftest import draw_shape, toy_settings
+
+
+def test_the_run_folder_holds_everything(run_folder):
+    names = {p.name for p in run_folder.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json", "answers.json",
+                     "metrics.json", "config.yaml", "data.json", "log.jsonl", "loss.png", "README.md", "run.json"}  # fmt: skip
+    with Image.open(run_folder / "loss.png") as plot:
+        assert plot.width > 500
+    logged = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert {"loss", "itc", "itm", "vqa", "itc_accuracy", "itm_accuracy", "vqa_accuracy"} <= set(logged[0])
+    card = (run_folder / "README.md").read_text()
+    assert "text to image R@1" in card and "drawn for the tests" in card
+
+
+def test_it_learns_and_it_looks_at_the_picture(tiny_run, shapes):
+    metrics = evaluate(tiny_run, open_source(shapes), "test")
+    t2i, accuracy = metrics["retrieval"]["t2i"]["R@1"], metrics["vqa"]["accuracy"]
+    assert t2i["value"] > 0.6 > 4 * t2i["chance"]
+    assert t2i["blind"] < 0.3
+    assert accuracy["value"] > 0.85 and accuracy["blind"] < accuracy["value"] - 0.2
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    assert metrics["image_to_image"]["shape"]["mAP"]["value"] > metrics["image_to_image"]["shape"]["mAP"]["chance"]
+
+
+def test_answers_stay_in_the_list_and_sum_to_one(tiny_run):
+    picture = draw_shape("red", "circle", 3)
+    answers = tiny_run.answer(picture, "what colour is it?")
+    assert answers[0][0] == "red"
+    assert sum(p for _, p in answers) == pytest.approx(1) and {a for a, _ in answers} == set(tiny_run.answers)
+    narrowed = tiny_run.answer(picture, "what colour is it?", ["Blue", "green"])
+    assert {a for a, _ in narrowed} == {"blue", "green"} and sum(p for _, p in narrowed) == pytest.approx(1)
+    with pytest.raises(UserError, match="Did you mean 'green'"):
+        tiny_run.answer(picture, "what colour is it?", ["gren"])
+    with pytest.raises(UserError, match="question is empty"):
+        tiny_run.answer(picture, "  ")
+
+
+def test_vectors_are_unit_and_do_not_depend_on_the_batch(tiny_run):
+    pictures = [draw_shape(c, s, 2) for c in ("red", "blue") for s in ("circle", "bar")]
+    together = tiny_run.encode_pictures(pictures)
+    assert together.shape == (4, tiny_run.dim) and together.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(together[2:3], tiny_run.encode_pictures(pictures[2:3]), atol=1e-5)
+    texts = ["a red circle", "bar"]
+    np.testing.assert_allclose(tiny_run.encode_texts(texts)[1:], tiny_run.encode_texts(texts[1:]), atol=1e-5)
+
+
+def test_match_prefers_the_right_picture(tiny_run):
+    scores = tiny_run.match("a green square", [draw_shape("green", "square", 4), draw_shape("red", "bar", 4)])
+    assert scores.shape == (2,) and scores[0] > 0.5 > scores[1]
+
+
+def test_training_again_finds_the_run_finished_and_other_settings_are_refused(run_folder, shapes, text_tower, capsys):
+    from interlace.train import train
+
+    before = (run_folder / "model.safetensors").stat().st_mtime_ns
+    assert train(toy_settings(shapes, text_tower, run_folder)) == run_folder
+    assert (run_folder / "model.safetensors").stat().st_mtime_ns == before
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="train.lr was 0.003, is 0.1"):
+        train(toy_settings(shapes, text_tower, run_folder, lr=0.1))
+
+
+def test_a_half_written_a_damaged_and_a_missing_run_are_told_apart(run_folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    (copy / "run.json").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        Run.load(copy)
+    shutil.copy(run_folder / "run.json", copy)
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(UserError, match="copy is incomplete"):
+        Run.load(copy)
+    (copy / "run.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        Run.load(copy)
+    with pytest.raises(UserError, match="no run folder"):
+        Run.load(tmp_path / "nothing")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="not a run folder"):
+        Run.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"data": {"source": "/no/such/table.csv"}}, "no such|not there|No such|does not exist"),
+        ({"objectives": {"itm": {"negatives": "hard"}}}, "add the itc objective"),
+        ({"objectives": {"itk": {}}}, "Did you mean 'itc'|Did you mean 'itm'"),
+        ({"objectives": {"itm": {"negative": "hard"}}}, "objective itm"),
+        ({"objectives": {}}, "at least one"),
+        ({"model": {"text": "minilmm"}}, "minilm"),
+        ({"model": {"size": 50}}, "patches of 8"),
+        ({"model": {"max_length": 99}}, "at most 32"),
+        ({"model": {"fusion": "middle"}}, "late, mid or early"),
+        ({"train": {"batch": 500}}, "train.batch="),
+        ({"train": {"batch": 10, "accumulate": 3}}, "does not divide"),
+    ],
+)
+def test_settings_that_cannot_work_are_explained_before_training(change, words, shapes, text_tower, tmp_path):
+    from interlace.train import train
+
+    settings = toy_settings(shapes, text_tower, tmp_path / "run")
+    for part, values in change.items():
+        if part == "objectives":
+            settings.objectives = values
+        else:
+            for key, value in values.items():
+                setattr(getattr(settings, part), key, value)
+    with pytest.raises(UserError, match=words):
+        train(settings)
+    assert not (tmp_path / "run" / "run.json").exists()
