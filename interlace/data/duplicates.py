@@ -46,7 +46,7 @@ def signature(image: Image.Image, data: bytes) -> Signature:
 
 def perceptual_hash(image: Image.Image) -> int:
     """64 bits: which low frequencies of the 32x32 grey picture lie above their median (a DCT hash, Zauner 2010)."""
-    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0), np.float32)
+    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), np.float32)
     spectrum = _COSINES @ grey @ _COSINES.T  # (9, 9)
     low = spectrum[_ROWS, _COLUMNS]
     bits = np.packbits(low > np.median(low))
@@ -55,7 +55,7 @@ def perceptual_hash(image: Image.Image) -> int:
 
 def thumbnail(image: Image.Image) -> np.ndarray:
     """(192,) uint8: the picture averaged to 8x8 RGB."""
-    return np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BOX, reducing_gap=2.0), np.uint8).reshape(-1)
+    return np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR), np.uint8).reshape(-1)
 
 
 def near_pairs(hashes: np.ndarray, thumbs: np.ndarray | None = None, bits: int | None = None) -> np.ndarray:

@@ -139,8 +139,11 @@ def ask(items: list[Item]) -> None:
         if heads[_head(item.name)] >= 2:  # a name seen once would be an answer nobody can learn
             item.asks.append(("name", choose("name" + key, NAME), _head(item.name)))
         item.asks.append(("food group", choose("group" + key, GROUP), group.lower()))
-        item.asks.append(("vegetarian", choose("veg" + key, VEGETARIAN), "yes" if item.facts["vegetarian"] else "no"))
-        # a third of the foods from the land are asked about, so that "no" is not the answer three times in four
+        # half of the common answers are left out, so that a guess does not score three in four
+        if not item.facts["vegetarian"] or share("vegetarian" + key) < 0.5:
+            item.asks.append(
+                ("vegetarian", choose("veg" + key, VEGETARIAN), "yes" if item.facts["vegetarian"] else "no")
+            )
         if group in WATER or share("water" + key) < 0.35:
             item.asks.append(("from water", choose("wet" + key, WATERY), "yes" if group in WATER else "no"))
         if group in ("Fruits", "Other Vegetables", "Green Leafy Vegetables"):

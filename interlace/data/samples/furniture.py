@@ -169,6 +169,8 @@ def ask(items: list[Item]) -> None:
         if height:
             bucket = next(text for limit, text in HEIGHTS if height < limit)
             item.asks.append(("height", choose("height" + key, HEIGHT), bucket))
+        if category in ("Vehicles", "Characters"):
+            continue  # some cars are Seats, and one sits in them; on people and horses opinions differ
         if seat and not words & {"cushion", "cover"}:
             item.asks.append(("seat", choose("sit" + key, SIT), "yes"))
         elif not seat and not words & UNSURE_SEATS and share("seat" + key) < 0.22:

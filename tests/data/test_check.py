@@ -1,0 +1,154 @@
+"""The doctor finds each illness, and finds none in healthy data."""
+
+import json
+
+import pytest
+from makers import drawing, encoded, make_pictures
+from PIL import Image
+
+from interlace.data.check import check
+from interlace.data.show import show
+from interlace.data.sources import open_source
+from interlace.errors import UserError
+
+
+class Words:
+    """A tokenizer of one token per word between two special ones."""
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [[1, *(len(word) for word in text.split()), 2] for text in texts]}
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def write(folder, rows, header="image,caption,split,colour,sale"):
+    (folder / "pairs.csv").write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return folder
+
+
+def healthy(folder, n=20):
+    names = make_pictures(folder, n)
+    splits = ["train"] * (n - 4) + ["val", "val", "test", "test"]
+    return [[name, f"caption {i}", splits[i], "red" if i % 3 else "blue", "yes"] for i, name in enumerate(names)]
+
+
+def levels(report):
+    return {finding.what: finding.level for finding in report.findings}
+
+
+def found(report, what):
+    (finding,) = [finding for finding in report.findings if finding.what == what]
+    return finding
+
+
+def test_healthy_data_has_nothing_to_report(tmp_path, capsys):
+    report = check(write(tmp_path, healthy(tmp_path)), tokenizer=Words(), max_length=10)
+    assert report.exit_status == 0
+    assert "error" not in levels(report).values() and "warning" not in levels(report).values()
+    assert report.splits == {"train": 16, "val": 2, "test": 2}
+    assert ("colour", "text", "2 values, 'red' 65%") in report.attributes
+    assert "no errors" in capsys.readouterr().out
+
+
+def test_unreadable_pictures_and_rows_left_out(tmp_path):
+    rows = healthy(tmp_path)
+    whole = encoded(Image.effect_noise((200, 200), 80).convert("RGB"), "JPEG")
+    (tmp_path / "000.png").write_bytes(whole[:3000])
+    (tmp_path / "001.png").write_bytes(b"")
+    (tmp_path / "002.png").write_text("<html>")
+    rows.append(["gone.png", "x", "train", "", ""])
+    report = check(write(tmp_path, rows))
+    assert report.exit_status == 1
+    assert found(report, "unreadable pictures").count == 3 and found(report, "rows left out").count == 1
+    reasons = dict(report.unreadable)
+    assert reasons["000.png"] == "truncated" and reasons["001.png"] == "empty file"
+    assert reasons["002.png"] == "not a picture (HTML)"
+
+
+def test_duplicates_within_and_across_splits(tmp_path):
+    rows = healthy(tmp_path)
+    (tmp_path / "001.png").write_bytes((tmp_path / "000.png").read_bytes())  # within train
+    report = check(write(tmp_path, rows))
+    assert report.exit_status == 0 and found(report, "exact duplicates").count == 2
+    (tmp_path / "019.png").write_bytes((tmp_path / "000.png").read_bytes())  # into test
+    report = check(tmp_path)
+    leak = found(report, "the same picture in two splits")
+    assert report.exit_status == 1 and leak.level == "error" and leak.count == 1
+    assert leak.examples == ["000.png (train) = 019.png (test)"]
+    drawing(5).save(tmp_path / "copy.jpg", quality=90)
+    rows[-1][0] = "copy.jpg"
+    report = check(write(tmp_path, rows))
+    assert found(report, "near-identical pictures in two splits").examples == ["005.png (train) = copy.jpg (test)"]
+    assert report.exit_status == 1 and "the same picture in two splits" not in levels(report)
+
+
+def test_groups_written_by_the_check_mend_the_leak(tmp_path):
+    names = make_pictures(tmp_path, 60)
+    for i in range(30):  # each picture twice, with other words
+        (tmp_path / names[30 + i]).write_bytes((tmp_path / names[i]).read_bytes())
+    rows = [[name, f"words {i}", i] for i, name in enumerate(names)]
+    report = check(write(tmp_path, rows, "image,caption,id"), write_groups=tmp_path / "groups.txt")
+    assert report.exit_status == 1
+    groups = dict(line.split(",") for line in (tmp_path / "groups.txt").read_text().splitlines())
+    rows = [[*row, groups[str(row[2])]] for row in rows]
+    (tmp_path / "groups.txt").unlink()
+    assert check(write(tmp_path, rows, "image,caption,id,group")).exit_status == 0
+
+
+def test_captions(tmp_path):
+    rows = healthy(tmp_path)
+    rows[0][1] = ""
+    rows[1][1] = "one two three four five six seven eight nine ten"
+    report = check(write(tmp_path, rows), tokenizer=Words(), max_length=11)
+    assert found(report, "empty captions").count == 1
+    cut = found(report, "captions cut")
+    assert cut.count == 1 and "longest has 12" in cut.detail and cut.examples == ["001.png: 12 tokens"]
+    assert report.exit_status == 0
+    make_pictures(tmp_path / "bare", 3)
+    assert found(check(tmp_path / "bare"), "no captions").count == 3
+
+
+def test_questions_and_answers(tmp_path):
+    write(tmp_path, healthy(tmp_path))
+    asked = [(0, "red"), (1, "red"), (2, "blue"), (19, "green"), (3, None)]
+    lines = [
+        json.dumps({"pair_id": f"{i:03d}.png", "question": "colour?", "answers": answer, "kind": "colour"})
+        for i, answer in asked
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    report = check(tmp_path)
+    assert report.questions == [("colour", 4, 3, "red", 0.5)]
+    unknown = found(report, "answers never seen in train")
+    assert unknown.count == 1 and unknown.examples == ["green"]
+    assert found(report, "questions without an answer").count == 1
+
+
+def test_a_missing_column_is_an_error(tmp_path):
+    make_pictures(tmp_path, 1)
+    with pytest.raises(UserError, match="no column for image"):
+        check(write(tmp_path, [["000.png", "x"]], "photograph_of,caption"))
+
+
+def test_show_prints_rows_and_what_the_model_sees(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    source = open_source(write(tmp_path, healthy(tmp_path)))
+    show(source, rows=2, tokenizer=Words())
+    out = capsys.readouterr().out
+    assert "caption 0" in out and "caption 1" in out and "caption 2" not in out and "48 x 48" in out
+    assert "1 7 1 2  (4 tokens)" in out
+
+    class Processor:
+        tokenizer = Words()
+
+        def pictures(self, pictures):
+            return torch.zeros(len(pictures), 3, 8, 8, dtype=torch.uint8)
+
+        def texts(self, texts):
+            ids = torch.tensor(Words()(texts)["input_ids"])
+            return ids, torch.ones_like(ids)
+
+    (tmp_path / "000.png").write_bytes(b"")
+    show(source, rows=3, processor=Processor())
+    out = capsys.readouterr().out
+    assert "not readable: empty file" in out and "(2, 3, 8, 8)" in out and "caption_ids torch.int64 (3, 4)" in out
