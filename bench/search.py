@@ -278,8 +278,8 @@ def measure(rows: int, dim: int, count: int, repeats: int) -> tuple[list[dict[st
         disk, settled = megabytes(folder), megabytes_settled(folder)
     return figures, {
         "rows": rows, "dim": dim, "insert s": made["insert_s"], "index s": made["index_s"], "disk MB": disk,
-        "settled MB": settled, "vectors MB": rows * dim * 4 / 1e6, "build MB": made["peak_mb"], "query MB": asked["peak_mb"],
-        "numpy MB": asked_numpy["peak_mb"],
+        "settled MB": settled, "vectors MB": rows * dim * 4 / 1e6,
+        "build MB": made["peak_mb"], "query MB": asked["peak_mb"], "numpy MB": asked_numpy["peak_mb"],
     }  # fmt: skip
 
 
