@@ -122,6 +122,7 @@ def limit_file_size(size):
 def program(folder, act, workers, environment):
     """The training program: runs in a child process, ends with the exit code the command line would have."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # data workers as in any program, not from a second server
     os.environ.update(environment)
     torch.set_num_threads(1)
     output = os.open(f"{folder}.{environment.get('RANK', 0)}.txt", os.O_CREAT | os.O_WRONLY)
@@ -308,7 +309,8 @@ def first_gradient(folder, **arguments):
 
 def test_accumulation_changes_neither_loss_nor_gradient(tmp_path):
     whole, gradient = first_gradient(tmp_path / "whole")
-    parts, accumulated = first_gradient(tmp_path / "parts", per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    parts, accumulated = first_gradient(tmp_path / "parts", per_device_train_batch_size=4,
+                                        gradient_accumulation_steps=2)
     assert all(whole[name] == pytest.approx(parts[name], rel=1e-6) for name in ("loss", "square", "size"))
     for name, value in gradient.items():
         torch.testing.assert_close(accumulated[name], value, rtol=1e-5, atol=1e-7)
@@ -359,7 +361,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(clip, tmp_path)
     assert len(json.loads((tmp_path / "bad_batch.json").read_text())["ids"]) == 8
 
 
-# ---------------------------------------------------------------------------------------------------- marks and rotation
+# --------------------------------------------------------------------------------------------------- marks and rotation
 
 def fake(folder, step, size=10):
     scratch = folder / f".saving-{step}"
@@ -406,7 +408,7 @@ def test_rotation_keeps_the_newest_the_best_and_the_incomplete(tmp_path):
     assert len(checkpoints_in(tmp_path)) == 3
 
 
-# -------------------------------------------------------------------------------------------------------- log, progress
+# ------------------------------------------------------------------------------------------------------ log, progress
 
 def test_the_log_names_the_losses(uninterrupted):
     first = uninterrupted.log[0]
