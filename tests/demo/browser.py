@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,3 +28,26 @@ def chromium() -> Iterator:
             yield browser
         finally:
             browser.close()
+
+
+def ready(page) -> None:
+    """Waits until no search runs."""
+    page.locator("body:not(.busy) #grid:not([aria-busy])").wait_for(state="attached")
+
+
+def search(page, words: str) -> None:
+    page.locator("#words").fill(words)
+    page.locator("#words").press("Enter")
+    says(page, "#status", r" in .* ms")
+    ready(page)
+
+
+def says(page, where: str, pattern: str) -> None:
+    """Waits until the element's text has the pattern."""
+    from playwright.sync_api import expect
+
+    expect(page.locator(where)).to_contain_text(re.compile(pattern), timeout=10_000)
+
+
+def names(page) -> list[str]:
+    return page.locator("#grid .name").all_text_contents()

@@ -4,19 +4,21 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
+from browser import chromium, ready
 from shapes import Shapes, draw, pairs
 
 from interlace.search import Index
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shapes, Index]:
-    """A run and the real index over its sixty-four pictures."""
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shapes, Index]:
+    """A run whose results can be predicted, and the real index over its sixty-four pictures."""
     folder = tmp_path_factory.mktemp("shapes")
     run = Shapes(folder)
     rows = pairs(folder)
@@ -63,3 +65,37 @@ def serving() -> Iterator:
         server.should_exit = True
         thread.join(10)
         sock.close()
+
+
+@pytest.fixture(scope="module")  # not longer: its event loop would be in the way of other tests'
+def browser() -> Iterator:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def open_page(browser, address) -> Iterator:
+    """`open_page(path, **context options)` -> a page in a context of its own. At the end: no request left this machine,
+    nothing was written to the console, no script failed, the policy was not violated."""
+    contexts, requests, problems = [], [], []
+    expected: list[str] = []
+
+    def start(path: str = "/", **options):
+        context = browser.new_context(**{"reduced_motion": "reduce", **options})
+        context.set_default_timeout(10_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.expected = expected
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda problem: problems.append(str(problem)))
+        page.goto(address + path)
+        ready(page)
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    away = [url for url in requests if urlsplit(url).scheme != "blob" and urlsplit(url).hostname != "localhost"]
+    assert requests and not away
+    assert [p for p in problems if not any(word in p for word in expected)] == []

@@ -24,8 +24,8 @@ MAX_BYTES, MAX_PIXELS = 100_000, 1_000_000
 
 
 @pytest.fixture(scope="module")
-def client(shapes) -> TestClient:
-    app = create_app(*shapes, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, questions=["what colour is it?"])
+def client(small) -> TestClient:
+    app = create_app(*small, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, questions=["what colour is it?"])
     return TestClient(app, base_url="http://localhost:7860", raise_server_exceptions=False)
 
 
@@ -53,8 +53,8 @@ def test_info_describes_columns_for_filters(client):
     assert info["examples"] and info["questions"] == ["what colour is it?"]
 
 
-def test_the_runs_own_evaluation_is_shown(shapes, tmp_path):
-    run, index = shapes
+def test_the_runs_own_evaluation_is_shown(small, tmp_path):
+    run, index = small
     score = {"value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.1}
     recall = {f"R@{k}": score for k in (1, 5, 10)}
     metrics = {"retrieval": {"t2i": recall, "i2t": recall}, "split": "val", "rows": 9, "source": "shapes"}
@@ -153,11 +153,11 @@ def test_too_many_bytes_are_refused(client):
     assert "MB" in error(client.post("/api/answer", data={"question": "what?"}, files=picture), 413)
 
 
-def test_a_body_over_the_limit_is_refused_whatever_it_says_of_its_length(shapes, serving):
+def test_a_body_over_the_limit_is_refused_whatever_it_says_of_its_length(small, serving):
     """Over a socket: the reply arrives, and an endless body is not read to its end."""
     import httpx
 
-    address, sent = serving(create_app(*shapes, max_bytes=MAX_BYTES)), 0
+    address, sent = serving(create_app(*small, max_bytes=MAX_BYTES)), 0
 
     def endless():  # chunked, without a Content-Length
         nonlocal sent
@@ -279,8 +279,8 @@ def test_wrong_questions_get_a_sentence(client, red_circle):
     assert "either" in error(both, 422)
 
 
-def test_a_failure_inside_shows_no_trace(shapes, monkeypatch):
-    run, index = shapes
+def test_a_failure_inside_shows_no_trace(small, monkeypatch):
+    run, index = small
 
     class Broken(type(run)):
         def answer(self, *_, **__):
@@ -291,8 +291,8 @@ def test_a_failure_inside_shows_no_trace(shapes, monkeypatch):
     assert "secret" not in message
 
 
-def test_model_calls_do_not_overlap(shapes):
-    run, index = shapes
+def test_model_calls_do_not_overlap(small):
+    run, index = small
     inside, most = 0, 0
     turn = threading.Lock()
 
@@ -340,8 +340,8 @@ TOKEN = "tök en+/=?&"
 
 
 @pytest.fixture
-def locked(shapes) -> TestClient:
-    return TestClient(create_app(*shapes, token=TOKEN), base_url="http://demo.lan", raise_server_exceptions=False)
+def locked(small) -> TestClient:
+    return TestClient(create_app(*small, token=TOKEN), base_url="http://demo.lan", raise_server_exceptions=False)
 
 
 def test_without_the_token_nothing_is_told(locked):
@@ -411,26 +411,26 @@ def test_no_file_of_the_page_names_another_host():
 # ---- serving
 
 
-def test_a_port_in_use_names_a_free_one(shapes):
+def test_a_port_in_use_names_a_free_one(small):
     with listen("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=r"in use.*--port (\d+)") as raised:
-            serve(*shapes, port=port, open_browser=False)
+            serve(*small, port=port, open_browser=False)
         proposed = int(str(raised.value).rstrip(".").split()[-1])
         assert proposed != port
         listen("127.0.0.1", proposed).close()
 
 
-def test_other_machines_only_with_a_token(shapes):
+def test_other_machines_only_with_a_token(small):
     for host in ("0.0.0.0", "::", "192.0.2.1", "demo.lan"):
         with pytest.raises(UserError, match="--token"):
-            serve(*shapes, host=host, open_browser=False)
+            serve(*small, host=host, open_browser=False)
 
 
-def test_an_address_of_no_interface(shapes):
+def test_an_address_of_no_interface(small):
     with pytest.raises(UserError, match=r"192\.0\.2\.1"):
-        serve(*shapes, host="192.0.2.1", token="x", open_browser=False)
+        serve(*small, host="192.0.2.1", token="x", open_browser=False)
 
 
 def test_loopback():
@@ -439,7 +439,7 @@ def test_loopback():
     assert 0 < free_port("127.0.0.1", 65535) < 65536
 
 
-def test_serve_prints_its_address_and_opens_it(shapes, monkeypatch, capsys):
+def test_serve_prints_its_address_and_opens_it(small, monkeypatch, capsys):
     opened: list[str] = []
     seen = threading.Event()
     monkeypatch.setattr(demo.webbrowser, "open", lambda address: (opened.append(address), seen.set()))
@@ -452,7 +452,7 @@ def test_serve_prints_its_address_and_opens_it(shapes, monkeypatch, capsys):
             self.should_exit = True
 
     monkeypatch.setattr(demo, "Server", Stopping)
-    serve(*shapes, port=0, token="a b")
+    serve(*small, port=0, token="a b")
     assert seen.wait(10)
     assert re.fullmatch(r"http://localhost:\d+/\?token=a%20b", opened[0]) and opened[0] in capsys.readouterr().out
 
