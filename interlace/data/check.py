@@ -1,8 +1,8 @@
 """`interlace data check`: what would hurt a training run, found before it starts.
 
-Errors (exit status 1): rows or pictures that cannot be read, the same picture in two splits, no rows. Everything else is a
-warning or a number to know. One pass decodes every distinct picture once, at a fraction of its size, in threads (Pillow
-lets go of Python's lock while it decodes); what is kept of each is 208 bytes, on disk when there are many.
+Errors (exit status 1): rows or pictures that cannot be read, the same picture in two splits, no rows. Everything else
+is a warning or a number to know. One pass decodes every distinct picture once, at a fraction of its size, in threads
+(Pillow lets go of Python's lock while it decodes); what is kept of each is 208 bytes, on disk when there are many.
 """
 
 from __future__ import annotations
@@ -92,9 +92,8 @@ class Report:
             table.add_row(f"[{colour}]{finding.level}[/{colour}]", finding.what, f"{finding.count:,}", _plain(text))
         if self.findings:
             console.print(table)
-        verdict = f"{len(self.errors)} kinds of errors" if self.errors else "no errors"
         warnings = sum(finding.level == "warning" for finding in self.findings)
-        console.print(f"{verdict}, {warnings} kinds of warnings")
+        console.print(f"kinds of errors: {len(self.errors) or 'none'}, of warnings: {warnings or 'none'}")
 
 
 def _plain(text: str) -> str:
@@ -368,7 +367,8 @@ def _check_questions(source: Source, report: Report) -> None:
         report.questions.append((kind, n, len(counts), common, count / n))
     report.add("warning", "questions without an answer", without, "they cannot be trained or scored")
     unknown = {answer: count for answer, count in held_out.items() if answer not in train}
-    detail = f"{sum(unknown.values()) / max(held_out.total(), 1):.1%} of the held-out questions: out of reach for a closed list"
+    share = sum(unknown.values()) / max(held_out.total(), 1)
+    detail = f"{share:.1%} of the held-out questions: out of reach for a closed list"
     report.add("warning", "answers never seen in train", sum(unknown.values()), detail, sorted(unknown))
 
 

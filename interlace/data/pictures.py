@@ -1,8 +1,8 @@
 """Opening pictures that come from anywhere: right side up, in RGB, or not at all.
 
-A picture that cannot be trusted is refused with a short reason, never replaced by a grey square: a loader that fills the
-missing half of a truncated file teaches the model grey. One limit is known: damage in the middle of a JPEG's data usually
-decodes without an error in Pillow and goes unnoticed here too.
+A picture that cannot be trusted is refused with a short reason, never replaced by a grey square: a loader that fills
+the missing half of a truncated file teaches the model grey. One limit is known: damage in the middle of a JPEG's data
+usually decodes without an error in Pillow and goes unnoticed here too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from interlace.data.rows import Picture
 MAX_PIXELS = 64_000_000
 # Only raster formats: EPS would start an interpreter, PSD and FITS are rarely what a table of photographs means.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "JPEG2000", "HEIF")
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".ppm",
-            ".pgm", ".jp2")  # fmt: skip
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".ppm",
+    ".pgm", ".jp2",
+)  # fmt: skip
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 # Oddities of metadata are no news to a user; what matters is judged below. A filter per call would not be thread-safe.
@@ -82,9 +84,9 @@ def open_picture(
 ) -> Image.Image:
     """The picture as 8-bit RGB, upright, first frame, transparency over white.
 
-    `size_hint` is the side in pixels it will be shown at: a larger file is decoded at a fraction of its size, leaving the
-    shortest side at least twice the hint (so a later resize still averages) unless the file has fewer pixels. `max_pixels`
-    is checked against the header, before anything is decoded.
+    `size_hint` is the side in pixels it will be shown at: a larger file is decoded at a fraction of its size, leaving
+    the shortest side at least twice the hint (so a later resize still averages) unless the file has fewer pixels.
+    `max_pixels` is checked against the header, before anything is decoded.
 
     Raises BadPicture with a short reason for whatever cannot be read in full. Pillow's own limit against decompression
     bombs stays in force above `max_pixels`.
@@ -178,7 +180,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> np.ndarray:
-    """(H, W) uint8. 16-bit values use their whole range, 0..65535; wider integers and floats their own least and most."""
+    """(H, W) uint8. 16-bit values use their whole range, 0..65535; wider integers and floats their own least and
+    most."""
     values = np.asarray(image).astype(np.float64)
     low, high = 0.0, 65535.0
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:

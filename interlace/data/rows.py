@@ -23,7 +23,8 @@ Attribute = str | float | bool | None
 
 @dataclass(frozen=True)
 class Picture:
-    """Where a picture is, not its pixels: a file, a slice of a file (a member of an uncompressed tar), or encoded bytes."""
+    """Where a picture is, not its pixels: a file, a slice of a file (a member of an uncompressed tar), or encoded
+    bytes."""
 
     path: str | None = None  # file on disk (absolute)
     data: bytes | None = None  # or the encoded bytes themselves

@@ -48,7 +48,7 @@ def test_healthy_data_has_nothing_to_report(tmp_path, capsys):
     assert "error" not in levels(report).values() and "warning" not in levels(report).values()
     assert report.splits == {"train": 16, "val": 2, "test": 2}
     assert ("colour", "text", "2 values, 'red' 65%") in report.attributes
-    assert "no errors" in capsys.readouterr().out
+    assert "errors: none" in capsys.readouterr().out
 
 
 def test_unreadable_pictures_and_rows_left_out(tmp_path):

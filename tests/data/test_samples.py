@@ -56,7 +56,10 @@ NAMES = [
     "Screen door",
     "Male",
 ]
-CATEGORIES = ["Kitchen", "Office", "Office", "Exterior", "Living room", "Living room", "Vehicles", "Doors and windows", "Characters"]  # fmt: skip
+CATEGORIES = [
+    "Kitchen", "Office", "Office", "Exterior", "Living room", "Living room", "Vehicles", "Doors and windows",
+    "Characters",
+]  # fmt: skip
 
 
 def catalogue():
@@ -65,8 +68,9 @@ def catalogue():
     files = {}
     for i, (name, category) in enumerate(zip(NAMES, CATEGORIES), 1):
         lines += [f"id#{i}=Maker#item {i}", f"name#{i}={name}", f"category#{i}={category}", f"icon#{i}=/icons/{i}.png",
-                  f"width#{i}={40 + i}", f"depth#{i}=50", f"height#{i}={30 * i}.5", f"creator#{i}=Ann", f"tags#{i}=Blend Swap",
-                  f"movable#{i}=true", f"doorOrWindow#{i}={'true' if 'door' in name else 'false'}"]  # fmt: skip
+                  f"width#{i}={40 + i}", f"depth#{i}=50", f"height#{i}={30 * i}.5", f"creator#{i}=Ann",
+                  f"tags#{i}=Blend Swap", f"movable#{i}=true",
+                  f"doorOrWindow#{i}={'true' if 'door' in name else 'false'}"]  # fmt: skip
         files[f"icons/{i}.png"] = icon(i)
     files["PluginFurnitureCatalog.properties"] = "\n".join(lines).encode("latin-1")
     files["PluginFurnitureCatalog_de.properties"] = "\n".join(german).encode("latin-1")
@@ -95,7 +99,8 @@ FOODS = [("A001", "Rice, raw", "Cereals and Millets", "vegetarian eggetarian", "
 def food_packages():
     out = io.StringIO()
     table = csv.writer(out)
-    table.writerow(["Food Code; code", "Food Name; name", "Scientific Name; scie", "Local Name; lang", "Food Group; grup",
+    table.writerow(["Food Code; code", "Food Name; name", "Scientific Name; scie", "Local Name; lang",
+                    "Food Group; grup",
                     "Tags; tags", "Energy; enerc", "Protein; protcnt", "Moisture; water"])  # fmt: skip
     for code, name, group, tags, local in FOODS:
         table.writerow([code, name, "", local, group, tags, "100", "2.5", ""])
@@ -237,9 +242,11 @@ def test_broken_packages_are_refused_and_leave_nothing(packages):
 
 
 def test_java_properties():
-    text = "a=1\n  b : two words \n! no\nc\\ d=x\\=y\\u00e9\nlong=one \\\n   two\nempty=\nkey value\nsmile=\\ud83d\\ude00\n"
+    text = "a=1\n  b : two words \n! no\nc\\ d=x\\=y\\u00e9\n"
+    text += "long=one \\\n   two\nempty=\nkey value\nsmile=\\ud83d\\ude00\n"
     assert furniture.properties(text.encode("latin-1")) == {
-        "a": "1", "b": "two words ", "c d": "x=yé", "long": "one two", "empty": "", "key": "value", "smile": "\U0001f600"}  # fmt: skip
+        "a": "1", "b": "two words ", "c d": "x=yé", "long": "one two", "empty": "", "key": "value",
+        "smile": "\U0001f600"}  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(5))

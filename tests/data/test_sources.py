@@ -106,8 +106,12 @@ def test_coco_and_karpathy_captions(tmp_path):
                             {"image_id": 8, "caption": "two"}]}  # fmt: skip
     (tmp_path / "captions.json").write_text(json.dumps(coco))
     assert [p.caption for p in open_source(tmp_path / "captions.json").pairs()] == ["one", "uno", "two"]
-    karpathy = {"images": [{"filename": names[0], "split": "restval", "imgid": 1, "sentences": [{"raw": "one"}]},
-                           {"filename": names[1], "split": "test", "imgid": 2, "sentences": [{"raw": "two"}]}]}  # fmt: skip
+    karpathy = {
+        "images": [
+            {"filename": names[0], "split": "restval", "imgid": 1, "sentences": [{"raw": "one"}]},
+            {"filename": names[1], "split": "test", "imgid": 2, "sentences": [{"raw": "two"}]},
+        ]
+    }
     (tmp_path / "captions.json").write_text(json.dumps(karpathy))
     assert [(p.caption, p.split) for p in open_source(tmp_path / "captions.json").pairs()] == [
         ("one", "train"),
@@ -157,8 +161,13 @@ def test_image_folder_with_metadata(tmp_path):
 
 def test_hugging_face_data_set_on_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"), price=datasets.Value("float64"),
-                                 sale=datasets.Value("bool"), colour=datasets.ClassLabel(names=["red", "blue"]))  # fmt: skip
+    features = datasets.Features(
+        image=datasets.Image(),
+        caption=datasets.Value("string"),
+        price=datasets.Value("float64"),
+        sale=datasets.Value("bool"),
+        colour=datasets.ClassLabel(names=["red", "blue"]),
+    )
     rows = [{"image": {"bytes": encoded(drawing(i)), "path": None}, "caption": WORDS[i], **facts(i)} for i in range(6)]
     for row in rows:
         row["colour"] = 0 if row["colour"] else None
@@ -317,8 +326,9 @@ def test_vqa2_soft_scores_and_picture_names(tmp_path):
 def test_joining_prefixes_ids_and_unites_attributes(tmp_path):
     for name, extra in (("one", "price"), ("two", "colour")):
         make_pictures(tmp_path / name, 2, start=0 if name == "one" else 2)
-        write_csv(tmp_path / name / "pairs.csv", ("id", "image", "caption", "group", extra),
-                  [(1, f"{0 if name == 'one' else 2:03d}.png", "same words", "g", 5), (2, f"{1 if name == 'one' else 3:03d}.png", name, "", 6)])  # fmt: skip
+        first = 0 if name == "one" else 2
+        rows = [(1, f"{first:03d}.png", "same words", "g", 5), (2, f"{first + 1:03d}.png", name, "", 6)]
+        write_csv(tmp_path / name / "pairs.csv", ("id", "image", "caption", "group", extra), rows)
         (tmp_path / name / "questions.jsonl").write_text(
             json.dumps({"pair_id": 2, "question": name, "answers": [["x", 0.5]]})
         )
@@ -349,7 +359,7 @@ def test_no_group_straddles_a_split_and_shares_are_near_80_10_10(tmp_path):
     for pair in source.pairs():
         splits_of.setdefault(pair.group, set()).add(pair.split)
     assert all(len(splits) == 1 for splits in splits_of.values())
-    # equal pictures and equal captions both join: 700 captions over 40 pictures hang together as gcd(40, 700) = 20 groups
+    # equal pictures and equal captions both join: 700 captions over 40 pictures make gcd(40, 700) = 20 groups
     assert len(splits_of) == 20
     rows = [("000.png", f"words {i}", str(i), i // 2) for i in range(4000)]
     source = open_source(write_csv(tmp_path / "b.csv", ("image", "caption", "id", "group"), rows))
@@ -425,7 +435,7 @@ def test_what_cannot_be_opened_is_explained(tmp_path):
     with pytest.raises(UserError, match=r"no row of 2 has a readable picture.*missing file \(2\).*x.jpg"):
         open_source(tmp_path / "gone.csv")
     (tmp_path / "a.xlsx").write_text("x")
-    with pytest.raises(UserError, match="expected .csv"):
+    with pytest.raises(UserError, match=r"expected \.csv"):
         open_source(tmp_path / "a.xlsx")
     (tmp_path / "a.json").write_text('{"image": 1}\n{"image": 2}')
     with pytest.raises(UserError, match="JSONL"):

@@ -54,7 +54,8 @@ def write(packages: Path, folder: Path) -> None:
 
 
 def properties(data: bytes) -> dict[str, str]:
-    """A Java .properties file: Latin-1 with \\uXXXX escapes, `=`, `:` or space between key and value, continued lines."""
+    """A Java .properties file: Latin-1 with \\uXXXX escapes, `=`, `:` or space between key and value, continued
+    lines."""
     out: dict[str, str] = {}
     lines = iter(data.decode("latin-1").splitlines())
     for line in lines:
@@ -182,8 +183,8 @@ def ask(items: list[Item]) -> None:
 def _licence(notes: list[str]) -> str:
     lines = "\n".join(f"  {note}" for note in notes)
     return f"""Objects from the furniture catalogues of Sweet Home 3D, as packaged by Debian ({PACKAGE}).
-Their licences ask, public domain apart, to name the creators: columns `creator` and `licence` of pairs.csv say for every
-item. Converted by Emmanuel Puybaret / eTeks. Changed here: only the icons are kept, captions and questions are made from
-the catalogues' names, categories and sizes.
+Their licences ask, public domain apart, to name the creators: columns `creator` and `licence` of pairs.csv say for
+every item. Converted by Emmanuel Puybaret / eTeks. Changed here: only the icons are kept, captions and questions are
+made from the catalogues' names, categories and sizes.
 {lines}
 """

@@ -1,4 +1,5 @@
-"""What the sample sets share: groups and splits without leaks, deterministic choices, and the files of the folder form."""
+"""What the sample sets share: groups and splits without leaks, deterministic choices, and the files of the folder
+form."""
 
 from __future__ import annotations
 

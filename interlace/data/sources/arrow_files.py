@@ -150,7 +150,8 @@ def _unpack(
 
 
 def read_saved(folder: Path, name: str, wanted: dict[str, str] | None) -> Raw:
-    """A folder written by Hugging Face `save_to_disk`: a data set, or a dictionary of them whose keys are the splits."""
+    """A folder written by Hugging Face `save_to_disk`: a data set, or a dictionary of them whose keys are the
+    splits."""
     if (folder / "dataset_dict.json").exists():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         parts = [_saved_split(folder / split, f"{name}-{split}", split_in_name(split)) for split in splits]

@@ -22,7 +22,8 @@ def split_in_name(stem: str) -> str | None:
 
 
 def keep_only_telling_splits(raws: Sequence[Raw]) -> None:
-    """Forgets splits taken from file names unless they name two: train.csv alone is data to divide, not to train on only."""
+    """Forgets splits taken from file names unless they name two: train.csv alone is data to divide, not to train on
+    only."""
     if len({raw.split for raw in raws} - {None}) < 2:
         for raw in raws:
             raw.split = None

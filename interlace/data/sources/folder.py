@@ -28,8 +28,8 @@ def read_pictures(folder: Path, name: str) -> Raw:
     first = list(islice(_records(folder, Problems()), LOOKED_AT))
     if not first:
         raise UserError(
-            f"{folder}: no pictures in this folder, and no table that names any. Expected {', '.join(SUFFIXES[:6])}, ... "
-            "or a .csv, .tsv, .json, .jsonl, .parquet or .tar file."
+            f"{folder}: no pictures in this folder, and no table that names any. Expected "
+            f"{', '.join(SUFFIXES[:6])}, ... or a .csv, .tsv, .json, .jsonl, .parquet or .tar file."
         )
     columns = list(dict.fromkeys(["image", "caption", *(key for _, record in first for key in record)]))
     return Raw(

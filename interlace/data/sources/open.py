@@ -46,8 +46,8 @@ def open_source(
 
     Forms: a folder of pictures with texts beside them; CSV, TSV, JSON, JSONL and Parquet tables; a Hugging Face image
     folder, or data set saved to disk; WebDataset shards (`shards/{0000..0099}.tar`, a folder of them, one .tar); VQAv2
-    question files with their annotations; tables of questions (image, question, answer). A folder may hold one table, or
-    one per split (train.csv, val.csv).
+    question files with their annotations; tables of questions (image, question, answer). A folder may hold one table,
+    or one per split (train.csv, val.csv).
 
     `columns` says which column plays which role (`{"image": "filepath", "caption": "title"}`) where the usual names do
     not fit; columns without a role become attributes. `split` puts every row into that split; without it the data's own
@@ -171,7 +171,8 @@ def _read_tables(tables: list[Path], folder: Path, wanted: dict[str, str] | None
     if len(tables) > 1 and not shards and any(split_in_name(file.stem) is None for file in tables):
         listed = ", ".join(file.name for file in tables[:8])
         raise UserError(
-            f"{folder} holds {len(tables)} tables: {listed}. Name the one you mean, or name them by split (train.csv, ...)."
+            f"{folder} holds {len(tables)} tables: {listed}. Name the one you mean, or name them by split "
+            "(train.csv, val.csv)."
         )
     raws = []
     for file in tables:

@@ -32,7 +32,8 @@ def _word(answer: Any) -> str:
 
 
 def read_questions(file: Path, problems: Problems) -> Iterator[dict[str, Any]]:
-    """Lines need pair_id, question, and answers (or answer); id and kind may be there. Others are listed and skipped."""
+    """Lines need pair_id, question, and answers (or answer); id and kind may be there. Others are listed and
+    skipped."""
     with open(file, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
