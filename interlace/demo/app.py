@@ -6,7 +6,6 @@ interlace demo runs/furniture          # http://127.0.0.1:7860, the API's descri
 from __future__ import annotations
 
 import errno
-import ipaddress
 import secrets
 import socket
 import threading
@@ -39,7 +38,9 @@ from interlace.search import Item as IndexItem
 
 STATIC = Path(str(resources.files(__package__))) / "static"
 MAX_K, MAX_TEXT = 200, 2000
+SHOWN_AS = {"127.0.0.1": "localhost", "localhost": "localhost", "::1": "[::1]"}  # what only this machine can reach
 THUMBNAIL, LARGE = 400, 1600  # longest side in pixels: a card is at most 200 CSS pixels wide, at two device pixels each
+DECODING = threading.BoundedSemaphore(2)  # pictures at once: each may take 4 bytes a pixel, a quarter of a gigabyte
 ERRORS: dict[int | str, dict] = {code: {"model": Failure} for code in (404, 413, 415, 422)}
 JPEG: dict[int | str, dict] = {404: ERRORS[404], 200: {"content": {"image/jpeg": {}}}}
 
@@ -76,7 +77,7 @@ def create_app(
         redoc_url=None,
         description="Search pictures by words, by a picture or by both, and ask about them.",
     )
-    guard(app, token, max_bytes)
+    guard(app, token or None, max_bytes)  # an empty token would be everybody's
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     one_at_a_time = threading.Lock()  # the model's calls; FastAPI runs the plain functions below in its thread pool
     columns, exact_counts = facets(index)
@@ -189,18 +190,21 @@ def create_app(
         where: Annotated[str | None, Query(max_length=MAX_TEXT)] = None,
     ) -> Items:
         """A few of the indexed items, to look around; where filters them."""
-        found = look_around(index, limit, (where or "").strip() or None)
-        return Items(items=[as_item(item) for item in found], count=len(index))
+        return Items(items=look_around(index, limit, (where or "").strip() or None), count=len(index))
 
     # An id may contain slashes, sent as they are or as %2F, so the longer paths come first.
     @app.get("/api/items/{item_id:path}/picture", responses=JPEG, response_class=Response)
     def item_picture(item_id: str) -> Response:
         """The item's picture as JPEG, at most 1600 pixels on its longer side."""
+        if index.get(item_id) is None and (whole := index.get(f"{item_id}/picture")):
+            return JSONResponse(as_item(whole).model_dump())  # the id itself ends like that
         return image_reply(jpeg(find(item_id), LARGE, max_pixels))
 
     @app.get("/api/items/{item_id:path}/thumbnail", responses=JPEG, response_class=Response)
     def item_thumbnail(item_id: str) -> Response:
         """The item's picture as JPEG, at most 400 pixels on its longer side."""
+        if index.get(item_id) is None and (whole := index.get(f"{item_id}/thumbnail")):
+            return JSONResponse(as_item(whole).model_dump())
         return image_reply(thumbnail_bytes(item_id))
 
     @app.get("/api/items/{item_id:path}", responses=ERRORS)
@@ -253,7 +257,8 @@ def image_reply(data: bytes) -> Response:
 def decode(data: bytes, max_pixels: int) -> Image.Image:
     """The upload as a picture: 413 when it is too large, 415 when it is not a picture we can read."""
     try:
-        return open_picture(data, max_pixels=max_pixels)
+        with DECODING:
+            return open_picture(data, max_pixels=max_pixels)
     except BadPicture as error:
         large = "pixels" in error.reason
         raise HTTPException(
@@ -266,7 +271,8 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 def open_stored(item: IndexItem, max_pixels: int, side: int | None = None) -> Image.Image:
     """An item's picture, or its thumbnail when the original has gone or gone bad since. 404 when there is neither."""
     try:
-        return open_picture(item.picture, size_hint=side, max_pixels=max_pixels)
+        with DECODING:
+            return open_picture(item.picture, size_hint=side, max_pixels=max_pixels)
     except (BadPicture, OSError) as error:
         if item.thumbnail:
             return open_picture(item.thumbnail)
@@ -283,15 +289,10 @@ def jpeg(item: IndexItem, side: int, max_pixels: int) -> bytes:
     return out.getvalue()
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket, or UserError when the address is taken, forbidden or not this machine's."""
+    if not 0 <= port < 65536:
+        raise UserError(f"A port is a number from 1 to 65535, got {port}. Try --port 7860.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -352,7 +353,7 @@ def serve(
         UserError: the port is taken (the message names a free one), or `host` is reachable from other machines and no
             token was given.
     """
-    if not is_loopback(host) and not token:
+    if host not in SHOWN_AS and not token:
         raise UserError(
             f"--host {host} lets other machines reach the demo, so it needs a token that they must know: "
             f"add --token {secrets.token_urlsafe(12)} (or any long word of your own), "
@@ -360,11 +361,13 @@ def serve(
         )
     app = create_app(run, index, token=token)
     with listen(host, port) as sock:
-        shown = "localhost" if is_loopback(host) or host in ("0.0.0.0", "::") else host
+        shown = "localhost" if host in ("0.0.0.0", "::") else SHOWN_AS.get(host, f"[{host}]" if ":" in host else host)
         address = f"http://{shown}:{sock.getsockname()[1]}/" + (f"?token={quote(token, safe='')}" if token else "")
 
         def ready() -> None:
             print(f"The demo is at {address}  (Ctrl+C stops it)", flush=True)
+            if host in ("0.0.0.0", "::"):
+                print("From other machines: the same with this machine's name or address.", flush=True)
             if open_browser:
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from interlace.demo.schemas import Column, Score, ValueCount
+from interlace.demo.schemas import Column, Item, Score, ValueCount
 from interlace.evaluate import rows_of
 from interlace.run import Run
-from interlace.search import Index, Item
+from interlace.search import Index
 from interlace.search.filters import parse
 
 LOOK = 20_000  # rows looked at for frequent values and ranges: enough to choose from, quick on 10 million
@@ -41,9 +41,19 @@ def look_around(index: Index, limit: int, where: str | None = None) -> list[Item
     if where is not None:
         # any direction will do: the point is that the filter decides, not the vector
         direction = np.random.default_rng(0).standard_normal(index.manifest.dim).astype(np.float32)
-        return [item for item, _ in index.nearest(direction, limit, parse(where, index.filter_columns))]
-    ids = index.sample(limit, ["id"])["id"].to_pylist()
-    return [item for item in map(index.get, ids) if item is not None]
+        found = index.nearest(direction, limit, parse(where, index.filter_columns))
+        return [Item(id=i.id, name=i.name, caption=i.caption, attributes=i.attributes) for i, _ in found]
+    columns = {c.name: c.field for c in index.filter_columns if c.name in index.columns}
+    rows = index.sample(limit, ["id", "name", "caption", *columns.values()]).to_pylist()
+    return [
+        Item(
+            id=row["id"],
+            name=row["name"],
+            caption=row["caption"],
+            attributes={name: row[field] for name, field in columns.items()},
+        )
+        for row in rows
+    ]
 
 
 def propose_queries(index: Index, n: int = 4) -> list[str]:

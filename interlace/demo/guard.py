@@ -134,7 +134,8 @@ def guard(app: FastAPI, token: str | None, max_bytes: int) -> None:
             reply = fail(500, "Something went wrong in the demo itself. The terminal it runs in says what.")
         for name, value in HEADERS.items():
             reply.headers.setdefault(name, value)
-        reply.headers.setdefault("Cache-Control", "no-store")
+        static = request.url.path.startswith("/static/")
+        reply.headers.setdefault("Cache-Control", "no-cache" if static else "no-store")
         return reply
 
     if token is None:

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from shapes import HOSTILE, draw
 
 import interlace.demo.app as demo
-from interlace.demo.app import create_app, free_port, is_loopback, listen, serve
+from interlace.demo.app import create_app, free_port, listen, serve
 from interlace.errors import UserError
 
 MAX_BYTES, MAX_PIXELS = 100_000, 1_000_000
@@ -67,6 +67,17 @@ def test_the_runs_own_evaluation_is_shown(small, tmp_path):
         assert TestClient(create_app(run, index), base_url="http://localhost").get("/api/info").json()["metrics"] == []
     finally:
         file.unlink()
+
+
+def test_an_empty_index(small, tmp_path):
+    from interlace.search import Index
+
+    empty = Index.create(tmp_path / "index", small[0], {"size": "number", "colour": "text"})
+    client = TestClient(create_app(small[0], empty), base_url="http://localhost")
+    info = client.get("/api/info").json()
+    assert info["count"] == 0 and info["examples"] == [] and info["columns"][0]["minimum"] is None
+    assert client.get("/api/items").json()["items"] == []
+    assert "empty" in client.post("/api/search", data={"text": "red"}).json()["hint"]
 
 
 # ---- searching
@@ -234,6 +245,21 @@ def test_ids_with_slashes_and_signs(client):
             assert reply.headers["content-type"] == "image/jpeg" and reply.content[:2] == b"\xff\xd8"
 
 
+def test_ids_that_end_like_a_path(small, tmp_path):
+    from shapes import pairs
+
+    from interlace.search import Index
+
+    index = Index.create(tmp_path / "index", small[0], {})
+    row = pairs(tmp_path)[1]
+    row.id = "shop/12/picture"
+    index.upsert([row])
+    client = TestClient(create_app(small[0], index), base_url="http://localhost")
+    assert client.get("/api/items/shop/12/picture").json()["id"] == row.id
+    assert client.get("/api/items/shop/12/picture/picture").headers["content-type"] == "image/jpeg"
+    assert client.get("/api/items/shop/12/picture/thumbnail").headers["content-type"] == "image/jpeg"
+
+
 def test_unknown_items_and_paths_are_json_404(client):
     for path in ("/api/items/nobody", "/api/items/nobody/picture", "/api/items/x%00y", "/nowhere", "/static/../app.py"):
         error(client.get(path), 404)
@@ -336,6 +362,11 @@ def test_another_sites_page_cannot_post(client):
     assert "another site" in error(reply, 403)
 
 
+def test_an_empty_token_is_none(small):
+    client = TestClient(create_app(*small, token=""), base_url="http://elsewhere.example")
+    assert client.get("/api/info").status_code == 400
+
+
 TOKEN = "tök en+/=?&"
 
 
@@ -423,7 +454,7 @@ def test_a_port_in_use_names_a_free_one(small):
 
 
 def test_other_machines_only_with_a_token(small):
-    for host in ("0.0.0.0", "::", "192.0.2.1", "demo.lan"):
+    for host in ("0.0.0.0", "::", "", "192.0.2.1", "demo.lan"):
         with pytest.raises(UserError, match="--token"):
             serve(*small, host=host, open_browser=False)
 
@@ -433,10 +464,11 @@ def test_an_address_of_no_interface(small):
         serve(*small, host="192.0.2.1", token="x", open_browser=False)
 
 
-def test_loopback():
-    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "localhost.evil.example", "")))
+def test_ports():
     assert 0 < free_port("127.0.0.1", 65535) < 65536
+    for port in (-1, 65536):
+        with pytest.raises(UserError, match="from 1 to 65535"):
+            listen("127.0.0.1", port)
 
 
 def test_serve_prints_its_address_and_opens_it(small, monkeypatch, capsys):
