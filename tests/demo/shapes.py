@@ -28,7 +28,7 @@ FILL = np.array([np.pi / 4, 1.0, 0.5, 1.0])  # the share of its bounding box tha
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\">"
 
 
-def draw(shape: str, colour: str, size: int = 120, side: int = 220) -> Image.Image:
+def draw(shape: str, colour: str, size: int = 60, side: int = 110) -> Image.Image:
     image = Image.new("RGB", (side, side), "white")
     pen, low, high = ImageDraw.Draw(image), (side - size) // 2, (side + size) // 2
     fill = COLOURS[colour]
@@ -48,14 +48,14 @@ def pairs(folder: Path) -> list[Pair]:
     made = []
     for shape in SHAPES:
         for n, colour in enumerate(COLOURS):
-            for size in (90, 150):
+            for size in (45, 75):
                 path = folder / f"{colour}-{shape}-{size}.png"
                 draw(shape, colour, size).save(path)
                 made.append(
                     Pair(
                         id=f"shapes/{shape}#{colour} {size}",
                         picture=Picture(path=str(path)),
-                        caption=f"a {'large' if size > 100 else 'small'} {colour} {shape}",
+                        caption=f"a {'large' if size > 60 else 'small'} {colour} {shape}",
                         group=f"{colour} {shape}",
                         split="train",
                         attributes={

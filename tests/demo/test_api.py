@@ -47,7 +47,7 @@ def test_info_describes_columns_for_filters(client):
     assert {n: c["type"] for n, c in columns.items()} == {
         "shape": "text", "colour": "text", "size": "number", "warm": "boolean", "price": "number"}  # fmt: skip
     assert columns["shape"]["values"][0]["count"] == 16 and columns["shape"]["distinct"] == 4
-    assert (columns["size"]["minimum"], columns["size"]["maximum"]) == (90, 150)
+    assert (columns["size"]["minimum"], columns["size"]["maximum"]) == (45, 75)
     assert columns["price"]["minimum"] == 4.5  # missing values do not count
     assert sum(v["count"] for v in columns["warm"]["values"]) == 64
     assert info["examples"] and info["questions"] == ["what colour is it?"]
@@ -91,7 +91,7 @@ def test_words_find_what_they_name(client):
 
 
 def test_a_picture_finds_its_like(client):
-    files = {"picture": ("mine.png", encoded(draw("square", "green", 130)), "image/png")}
+    files = {"picture": ("mine.png", encoded(draw("square", "green", 65)), "image/png")}
     found = client.post("/api/search", data={"k": 2}, files=files).json()
     assert [h["name"] for h in found["hits"]] == ["Green square"] * 2
     assert not found["reranked"]
@@ -99,22 +99,22 @@ def test_a_picture_finds_its_like(client):
 
 def test_weight_moves_from_the_words_to_the_picture(client, red_circle):
     def first(weight: float) -> str:
-        data = {"text": "blue square", "weight": weight, "rerank": "false", "k": 1}
-        return client.post("/api/search", data=data, files={"picture": red_circle}).json()["hits"][0]["name"]
+        data = {"text": "blue square", "weight": weight, "rerank": "false", "k": 2}
+        return client.post("/api/search", data=data, files={"picture": red_circle}).json()["hits"][1]["name"]
 
     assert first(0) == "Blue square" and first(1) == "Red circle"
 
 
 def test_like_leaves_the_item_itself_out(client):
-    me = "shapes/bar#green 90"
+    me = "shapes/bar#green 45"
     found = client.post("/api/search", data={"like": me, "k": 3}).json()["hits"]
     assert len(found) == 3 and me not in [h["id"] for h in found] and found[0]["name"] == "Green bar"
 
 
-@pytest.mark.parametrize("where", ["size > 100 and warm = yes", "colour in (red, blue)", "price is missing"])
+@pytest.mark.parametrize("where", ["size > 50 and warm = yes", "colour in (red, blue)", "price is missing"])
 def test_filters_hold_for_every_hit(client, where):
     found = client.post("/api/search", data={"text": "circle", "where": where, "k": 64}).json()["hits"]
-    holds = {"size": lambda a: a["size"] > 100 and a["warm"], "colo": lambda a: a["colour"] in ("red", "blue"),
+    holds = {"size": lambda a: a["size"] > 50 and a["warm"], "colo": lambda a: a["colour"] in ("red", "blue"),
              "pric": lambda a: a["price"] is None}[where[:4]]  # fmt: skip
     assert found and all(holds(h["attributes"]) for h in found)
     around = client.get("/api/items", params={"where": where, "limit": 64}).json()["items"]
@@ -148,7 +148,7 @@ def test_nothing_found_is_said_and_not_an_error(client):
         ({"text": "x", "weight": "nan"}, "weight"),
         ({"text": "x", "mode": "magic"}, "mode"),
         ({"text": "x" * 3000}, "text"),
-        ({"mode": "text", "like": "shapes/bar#green 90"}, "mode"),
+        ({"mode": "text", "like": "shapes/bar#green 45"}, "mode"),
     ],
 )
 def test_wrong_requests_get_a_sentence(client, data, part):
@@ -238,8 +238,8 @@ def test_no_path_or_address_is_opened(client, tmp_path):
 
 
 def test_ids_with_slashes_and_signs(client):
-    for path in ("shapes%2Fbar%23green%2090", "shapes/bar%23green%2090"):
-        assert client.get(f"/api/items/{path}").json()["id"] == "shapes/bar#green 90"
+    for path in ("shapes%2Fbar%23green%2045", "shapes/bar%23green%2045"):
+        assert client.get(f"/api/items/{path}").json()["id"] == "shapes/bar#green 45"
         for part in ("picture", "thumbnail"):
             reply = client.get(f"/api/items/{path}/{part}")
             assert reply.headers["content-type"] == "image/jpeg" and reply.content[:2] == b"\xff\xd8"
@@ -268,7 +268,7 @@ def test_unknown_items_and_paths_are_json_404(client):
 
 
 def test_a_missing_original_falls_back_to_its_thumbnail(client):
-    gone = client.get("/api/items/shapes%2Fbar%23black%20150").json()["id"]
+    gone = client.get("/api/items/shapes%2Fbar%23black%2075").json()["id"]
     assert client.get(f"/api/items/{gone.replace('#', '%23')}/picture").status_code == 200
     reply = client.post("/api/answer", data={"item": gone, "question": "what colour is it?"})
     assert reply.json()["answers"][0]["answer"] == "black"
@@ -283,7 +283,7 @@ def test_hostile_words_travel_as_data(client):
 
 
 def test_answers_are_probabilities_over_the_closed_list(client):
-    data = {"item": "shapes/square#purple 90", "question": "what colour is it?"}
+    data = {"item": "shapes/square#purple 45", "question": "what colour is it?"}
     told = client.post("/api/answer", data=data).json()
     assert told["answers"][0]["answer"] == "purple" and told["n_answers"] == 14
     assert sum(a["probability"] for a in told["answers"]) + told["rest"] == pytest.approx(1)
@@ -297,7 +297,7 @@ def test_an_uploaded_picture_can_be_asked_about(client, red_circle):
 
 
 def test_wrong_questions_get_a_sentence(client, red_circle):
-    item = {"item": "shapes/square#purple 90"}
+    item = {"item": "shapes/square#purple 45"}
     assert "question" in error(client.post("/api/answer", data={**item, "question": "  "}), 422)
     assert "question" in error(client.post("/api/answer", data=item), 422)
     assert "either" in error(client.post("/api/answer", data={"question": "what?"}), 422)
@@ -313,7 +313,7 @@ def test_a_failure_inside_shows_no_trace(small, monkeypatch):
             raise RuntimeError("secret detail of /home/somebody")
 
     client = TestClient(create_app(Broken(run.folder), index), base_url="http://localhost")
-    message = error(client.post("/api/answer", data={"item": "shapes/bar#green 90", "question": "what?"}), 500)
+    message = error(client.post("/api/answer", data={"item": "shapes/bar#green 45", "question": "what?"}), 500)
     assert "secret" not in message
 
 
@@ -376,7 +376,7 @@ def locked(small) -> TestClient:
 
 
 def test_without_the_token_nothing_is_told(locked):
-    for path in ("/api/info", "/", "/docs", "/openapi.json", "/api/items/shapes%2Fbar%23green%2090/picture"):
+    for path in ("/api/info", "/", "/docs", "/openapi.json", "/api/items/shapes%2Fbar%23green%2045/picture"):
         assert "token" in error(locked.get(path), 401)
     assert "token" in error(locked.post("/api/search", data={"text": "red"}), 401)
     for wrong in ("", "x", TOKEN + "x", TOKEN[:-1]):

@@ -76,7 +76,7 @@ def test_filters_and_their_way_back(open_page):
     assert {name.split()[0] for name in names(page)} == {"Green", "Blue"}
     page.keyboard.press("Escape")
     page.locator("details[data-column=size] > summary").click()
-    page.get_by_label("Size at least").fill("100")
+    page.get_by_label("Size at least").fill("50")
     page.get_by_label("Size at least").press("Enter")
     says(page, "#status", r"^8 ")
     page.locator("details[data-column=warm] > summary").click()
@@ -125,7 +125,7 @@ def test_the_written_filter(open_page):
     says(page, "#alert", "Did you mean 'size'")
     assert page.locator("#alert pre").text_content() == "siez > 100\n^"
     page.locator("#options > summary").click()
-    page.locator("#where").fill("size > 100 and colour contains 'UR'")
+    page.locator("#where").fill("size > 50 and colour contains 'UR'")
     page.get_by_role("button", name="Apply").click()
     says(page, "#status", r"^4 ")
     ready(page)
@@ -175,7 +175,7 @@ def test_a_chosen_picture_alone_and_with_words(open_page, red_circle):
 
 def test_a_dropped_picture(open_page):
     page = open_page()
-    drop(page, encoded(draw("triangle", "purple", 100)), "dropped.png", "image/png")
+    drop(page, encoded(draw("triangle", "purple", 50)), "dropped.png", "image/png")
     says(page, "#status", r" ms")
     ready(page)
     assert names(page)[:2] == ["Purple triangle"] * 2
@@ -229,7 +229,7 @@ def test_an_item_its_answers_and_what_resembles_it(open_page):
     assert page.locator("#panel-name").text_content() == "Purple square"
     facts = dict(zip(panel.locator("dt").all_text_contents(), panel.locator("dd").all_text_contents()))
     assert facts["Shape"] == "square" and facts["Warm"] == "no"
-    assert panel.locator(".stage img").evaluate("i => i.naturalWidth") == 220
+    assert panel.locator(".stage img").evaluate("i => i.naturalWidth") == 110
 
     panel.get_by_role("button", name="what colour is it?").click()
     panel.locator(".bars li").first.wait_for()
@@ -267,7 +267,7 @@ def test_a_question_about_ones_own_picture(open_page, red_circle):
 
 
 def test_a_link_to_an_item_opens_it(open_page):
-    page = open_page("/#item=shapes%2Fbar%23green+90")
+    page = open_page("/#item=shapes%2Fbar%23green+45")
     page.locator("#panel-name:text-is('Green bar')").wait_for()
     page.keyboard.press("Escape")
     page.locator("#panel").wait_for(state="hidden")
