@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from interlace.config import VLConfig
 from interlace.embed.base import pool
+from interlace.embed.regions import Regions
 from interlace.errors import UserError
 from interlace.heads import build_head
 from interlace.schedule import Schedule
@@ -123,9 +124,9 @@ class VLModel(PreTrainedModel):
 
     # ------------------------------------------------------------------------------------------------------- halves
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) -> normalised float. Floats are taken as normalised already."""
-        if pixels.dtype == torch.uint8:
+    def normalise(self, pixels: Tensor | Regions) -> Tensor | Regions:
+        """uint8 (B, 3, S, S) -> normalised float. Floats are taken as normalised already; regions are as they are."""
+        if isinstance(pixels, Tensor) and pixels.dtype == torch.uint8:
             dtype = self.pixel_mean.dtype
             return (pixels.to(dtype) / 255 - self.pixel_mean) / self.pixel_std
         return pixels
@@ -133,14 +134,14 @@ class VLModel(PreTrainedModel):
     def see(self, text_mask: Tensor | None, image_mask: Tensor | None) -> Visibility:
         return everyone(text_mask, image_mask)
 
-    def half_text(self, input_ids: Tensor, mask: Tensor | None = None) -> Half:
+    def half_text(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None) -> Half:
         """Words (B, T) -> the text stream just before fusion."""
-        states = self.text(input_ids, mask)
+        states = self.text(input_ids, mask, type_ids)
         streams = self.schedule.run(Streams(states, None), everyone(mask, None), stop=self._alone)
         return Half(streams.text, mask)  # type: ignore[arg-type]
 
-    def half_image(self, pixel_values: Tensor, mask: Tensor | None = None) -> Half:
-        """Pixels (B, 3, S, S), uint8 or normalised float -> the image stream just before fusion."""
+    def half_image(self, pixel_values: Tensor | Regions, mask: Tensor | None = None) -> Half:
+        """Pixels (B, 3, S, S), uint8 or normalised float, or regions -> the image stream just before fusion."""
         states = self.image(self.normalise(pixel_values))
         streams = self.schedule.run(Streams(None, states), everyone(None, mask), stop=self._alone)
         return Half(streams.image, mask)  # type: ignore[arg-type]
@@ -160,9 +161,18 @@ class VLModel(PreTrainedModel):
             pool(streams.image, image.mask, self.config.image.pool),  # type: ignore[arg-type]
         )
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_) -> VLOutput:
-        """Words (B, T) and pixels (B, 3, S, S) -> states of both streams."""
-        return self.fuse(self.half_text(input_ids, attention_mask), self.half_image(pixel_values))
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | Regions,
+        attention_mask: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **_,
+    ) -> VLOutput:
+        """Words (B, T) and pixels (B, 3, S, S) or regions -> states of both streams. Masks (B, T), (B, I): 1 = real."""
+        text = self.half_text(input_ids, attention_mask, token_type_ids)
+        return self.fuse(text, self.half_image(pixel_values, image_mask))
 
     # -------------------------------------------------------------------------------------------------- one vector
 

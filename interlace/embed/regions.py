@@ -1,0 +1,86 @@
+"""Regions a detector found: a feature and a box each. How the two become one state is one small class per paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from interlace.embed.base import Embedder
+from interlace.errors import UserError
+
+
+class Regions(NamedTuple):
+    """What a region model is given where others are given pixels."""
+
+    features: Tensor  # (B, I, F), of the detector's last pooled layer
+    boxes: Tensor  # (B, I, P), corners in parts of the picture, 0 to 1: x1, y1, x2, y2, and what else the paper adds
+
+
+@dataclass
+class RegionEmbedder(Embedder):
+    """`features`: numbers per region. `boxes`: numbers per box."""
+
+    features: int = 2048
+    boxes: int = 4
+    stream = "image"
+
+    def check(self, regions: Regions) -> None:
+        """Raises UserError when features or boxes have other sizes than the model."""
+        got = (regions.features.shape[-1], regions.boxes.shape[-1])
+        if got != (self.features, self.boxes):
+            raise UserError(f"the model is made for regions of {self.features} features and {self.boxes} box numbers, "
+                            f"got {got[0]} and {got[1]}: use features of the detector it was trained with.")  # fmt: skip
+
+
+@dataclass
+class LXMERTRegions(RegionEmbedder):
+    """The mean of the normed feature and the normed box. Tan & Bansal 2019 (arXiv:1908.07490), equation 1."""
+
+    name = "lxmert_regions"
+
+    def build(self) -> nn.Module:
+        return MeanOfNorms(self)
+
+
+class MeanOfNorms(nn.Module):
+    def __init__(self, spec: LXMERTRegions):
+        super().__init__()
+        size, self.spec = spec.width.size, spec
+        self.features, self.boxes = nn.Linear(spec.features, size), nn.Linear(spec.boxes, size)
+        self.norm_features = nn.LayerNorm(size, eps=spec.width.eps)
+        self.norm_boxes = nn.LayerNorm(size, eps=spec.width.eps)
+        self.dropout = nn.Dropout(spec.width.dropout)
+
+    def forward(self, regions: Regions) -> Tensor:
+        """Features (B, I, F), boxes (B, I, 4) -> (B, I, D). The norms stand before the mean, none after it."""
+        self.spec.check(regions)
+        features = self.norm_features(self.features(regions.features))
+        return self.dropout((features + self.norm_boxes(self.boxes(regions.boxes))) / 2)
+
+
+@dataclass
+class ViLBERTRegions(RegionEmbedder):
+    """One norm over the sum of feature and box; the fifth box number is the region's share of the picture's area, and
+    the first region is the whole picture. Lu et al. 2019 (arXiv:1908.02265), section 3.1."""
+
+    boxes: int = 5
+    name = "vilbert_regions"
+
+    def build(self) -> nn.Module:
+        return NormOfSum(self)
+
+
+class NormOfSum(nn.Module):
+    def __init__(self, spec: ViLBERTRegions):
+        super().__init__()
+        size, self.spec = spec.width.size, spec
+        self.features, self.boxes = nn.Linear(spec.features, size), nn.Linear(spec.boxes, size)
+        self.norm = nn.LayerNorm(size, eps=spec.width.eps)
+        self.dropout = nn.Dropout(spec.width.dropout)
+
+    def forward(self, regions: Regions) -> Tensor:
+        """Features (B, I, F), boxes (B, I, 5) -> (B, I, D)."""
+        self.spec.check(regions)
+        return self.dropout(self.norm(self.features(regions.features) + self.boxes(regions.boxes)))
