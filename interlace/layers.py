@@ -47,13 +47,15 @@ class Width:
 class Attend(nn.Module):
     """Multi-head attention with its residual and norm: queries of one stream read keys of the same or another.
 
-    `inner` is the size the heads work in (ViLBERT's co-attention differs from both streams); default: the reader's.
+    `inner` is the size the `heads` work in (ViLBERT's co-attention differs from both streams); default: the reader's.
     """
 
-    def __init__(self, width: Width, context: Width | None = None, inner: int = 0):
+    def __init__(self, width: Width, context: Width | None = None, inner: int = 0, heads: int = 0):
         super().__init__()
         source, inner = context or width, inner or width.size
-        self.heads, self.pre = width.heads, width.norm == "pre"
+        self.heads, self.pre = heads or width.heads, width.norm == "pre"
+        if inner % self.heads:
+            raise UserError(f"an attention of {inner} does not divide into {self.heads} heads; choose a multiple.")
         self.query = nn.Linear(width.size, inner)
         self.key = nn.Linear(source.size, inner)
         self.value = nn.Linear(source.size, inner)
@@ -254,20 +256,20 @@ class Joint(Layer):
 class Co(Layer):
     """Each stream reads the other, both from the states before the layer. ViLBERT; tied and without FFN: LXMERT.
 
-    `tied`: one attention (its norm too) serves both directions. `ffn`: a feed-forward follows. `inner`: size the
-    attention works in, where it differs from the streams' (ViLBERT's co-attention). With one stream absent it passes.
+    `tied`: one attention (its norm too) serves both directions. `ffn`: a feed-forward follows. `inner`, `heads`: size
+    the attention works in and its heads, where they differ from the streams' (ViLBERT). With one stream absent it passes.
     """
 
     kind = "co"
     crosses = True
 
-    def __init__(self, text: Width, image: Width, tied: bool = False, ffn: bool = True, inner: int = 0):
+    def __init__(self, text: Width, image: Width, tied: bool = False, ffn: bool = True, inner: int = 0, heads: int = 0):
         super().__init__(text, image)
         if tied:
             _one_width(text, image, "co(tied)")
-            self.attend = Attend(text, image, inner)
+            self.attend = Attend(text, image, inner, heads)
         else:
-            self.text_attend, self.image_attend = Attend(text, image, inner), Attend(image, text, inner)
+            self.text_attend, self.image_attend = Attend(text, image, inner, heads), Attend(image, text, inner, heads)
         self.tied, self.ffn = tied, ffn
         if ffn:
             self.text_ffn, self.image_ffn = FeedForward(text), FeedForward(image)
@@ -328,7 +330,7 @@ JOINT, CO, READ, NORM = Kind("joint"), Kind("co"), Kind("read"), Kind("norm")
 
 
 def co(**options: Any) -> Kind:
-    """`CO` with options: `tied`, `ffn`, `inner`."""
+    """`CO` with options: `tied`, `ffn`, `inner`, `heads`."""
     return Kind("co", tuple(sorted(options.items())))
 
 

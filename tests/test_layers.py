@@ -14,7 +14,7 @@ from interlace.schedule import Schedule, fused
 from interlace.streams import Streams, Visibility, causal, everyone, prefix, sight
 
 KINDS = {"text": TEXT, "image": IMAGE, "both": BOTH, "each": EACH, "joint": JOINT, "co": CO, "co tied": co(tied=True),
-         "co, attention only": co(ffn=False), "co inner": co(inner=32), "read": READ}  # fmt: skip
+         "co, attention only": co(ffn=False), "co inner": co(inner=24, heads=3), "read": READ}  # fmt: skip
 NORMS = ["pre", "post"]
 
 
@@ -243,6 +243,7 @@ def test_halves_then_fuse_is_the_whole_forward():
         (lambda: Width(10, heads=3), "does not divide"),
         (lambda: build_layer(Kind("jiont"), width(), width()), "Did you mean 'joint'"),
         (lambda: build_layer(JOINT, width(), width(size=32)), "widths must be equal"),
+        (lambda: build_layer(co(inner=30), width(), width()), "30 does not divide into 4 heads"),
         (lambda: VLConfig(text={"embed": "wrods", "width": {"size": 4}}), "Did you mean 'words'"),
     ],
 )
