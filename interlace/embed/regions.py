@@ -30,7 +30,7 @@ class RegionEmbedder(Embedder):
         """Raises UserError when features or boxes have other sizes than the model."""
         got = (regions.features.shape[-1], regions.boxes.shape[-1])
         if got != (self.features, self.boxes):
-            raise UserError(f"the model is made for {self.features} features and {self.boxes} box numbers per region, got "
+            raise UserError(f"the model reads {self.features} features and {self.boxes} box numbers per region, got "
                             f"{got[0]} and {got[1]}: use features of the detector it was trained with.")  # fmt: skip
 
 
