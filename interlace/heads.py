@@ -37,24 +37,25 @@ class Contrast(nn.Module):
 
 
 class Pair(nn.Module):
-    """Pooled text u and image v -> [u; v; u*v], normed, through one hidden layer: the pair as one vector.
+    """Pooled text u and image v -> [u; v; u*v] through one hidden layer: the pair as one vector.
 
     The product is what lets late fusion, whose streams never met, compare them (VQA and NLVR baselines; VOLTA's `mul`).
+    u and v are normed one by one before they are multiplied: with small initial weights the product of un-normed
+    vectors is two orders smaller than its factors, and a matching head that cannot see it stays at one class.
     """
 
     def __init__(self, text: int, image: int, hidden: int, out: int, dropout: float = 0.1):
         super().__init__()
         common = min(text, image)
         self.text, self.image = nn.Linear(text, common), nn.Linear(image, common)
-        self.norm = nn.LayerNorm(3 * common)
+        self.norm_text, self.norm_image = nn.LayerNorm(common), nn.LayerNorm(common)
         self.hidden = nn.Linear(3 * common, hidden)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(hidden, out)
 
     def forward(self, text: Tensor, image: Tensor) -> Tensor:  # (B, Dt), (B, Di) -> (B, out)
-        u, v = self.text(text), self.image(image)
-        x = self.norm(torch.cat([u, v, u * v], -1))
-        return self.out(self.dropout(F.gelu(self.hidden(x))))
+        u, v = self.norm_text(self.text(text)), self.norm_image(self.image(image))
+        return self.out(self.dropout(F.gelu(self.hidden(torch.cat([u, v, u * v], -1)))))
 
 
 class Match(Pair):

@@ -45,6 +45,11 @@ class Half(NamedTuple):
         return Half(nn.functional.pad(self.states, (0, 0, 0, extra)), nn.functional.pad(mask, (0, extra)))
 
 
+def _with_mask(embedded: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """States and mask; an embedder that knows better than the caller which positions are real returns both."""
+    return embedded if isinstance(embedded, tuple) else (embedded, mask)
+
+
 @dataclass
 class VLOutput(ModelOutput):
     """States of both streams at the end of the schedule."""
@@ -136,15 +141,26 @@ class VLModel(PreTrainedModel):
 
     def half_text(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None) -> Half:
         """Words (B, T) -> the text stream just before fusion."""
-        states = self.text(input_ids, mask, type_ids)
+        states, mask = _with_mask(self.text(input_ids, mask, type_ids), mask)
         streams = self.schedule.run(Streams(states, None), everyone(mask, None), stop=self._alone)
         return Half(streams.text, mask)  # type: ignore[arg-type]
 
     def half_image(self, pixel_values: Tensor | Regions, mask: Tensor | None = None) -> Half:
-        """Pixels (B, 3, S, S), uint8 or normalised float, or regions -> the image stream just before fusion."""
-        states = self.image(self.normalise(pixel_values))
+        """Pixels (B, 3, S, S), uint8 or normalised float, or regions -> the image stream just before fusion. `mask`
+        (B, I); of pixels (B, H, W) for pictures of unequal sizes, if the embedder takes such."""
+        pixels = self.normalise(pixel_values)
+        embedded = self.image(pixels, mask) if getattr(self.image, "masks_pixels", False) else self.image(pixels)
+        states, mask = _with_mask(embedded, mask)
         streams = self.schedule.run(Streams(None, states), everyone(None, mask), stop=self._alone)
         return Half(streams.image, mask)  # type: ignore[arg-type]
+
+    def half_from(self, stream: str, tower_states: Tensor, mask: Tensor | None = None) -> Half:
+        """What a stem's tower said, (B, L, C), kept from before -> that stream just before fusion."""
+        states = getattr(self, stream)(None, states=tower_states)
+        text = stream == "text"
+        streams = Streams(states, None) if text else Streams(None, states)
+        out = self.schedule.run(streams, everyone(mask, None) if text else everyone(None, mask), stop=self._alone)
+        return Half(out.text if text else out.image, mask)  # type: ignore[arg-type]
 
     @property
     def _alone(self) -> int:

@@ -25,6 +25,8 @@ class DataSettings:
     columns: dict[str, str] = field(default_factory=dict)
     max_skipped: float = 0.1  # the run stops when more than this share of the pictures it asked for cannot be read
     workers: int = 0  # loader processes; 0 decodes in the main one
+    keep_states_gb: float = 2.0  # disk for what frozen towers say of the training split; 0 runs them at every step
+    views: int = 4  # augmented views of each picture kept there
 
 
 @dataclass

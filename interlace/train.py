@@ -18,6 +18,7 @@ from interlace.data.batches import Collate, EpochSampler, Samples
 from interlace.data.processor import Processor
 from interlace.data.rows import Source
 from interlace.data.sources import open_source
+from interlace.data.states import frozen_states
 from interlace.errors import UserError
 from interlace.learner import Learner
 from interlace.objectives import Objective, Others, build_objective
@@ -183,7 +184,9 @@ def train(settings: Settings) -> Path:
     source = open_source(settings.data.source, columns=settings.data.columns or None)
     objectives = build_objectives(settings, source)
     learner, processor = make_learner(settings, objectives)
-    samples = Samples(source, "train", processor, [o for o, _ in objectives], t.seed)
+    states = frozen_states(learner, processor, source, "train", t.seed, settings.data.views,
+                           settings.data.keep_states_gb * 1e9)  # fmt: skip
+    samples = Samples(source, "train", processor, [o for o, _ in objectives], t.seed, states=states)
     if len(samples) < t.batch // t.accumulate:
         raise UserError(f"the train split of {source.name} has {len(samples)} rows, fewer than one batch of {t.batch}: set "
                         f"train.batch={max(2, len(samples) // 2)}.")  # fmt: skip
@@ -192,7 +195,7 @@ def train(settings: Settings) -> Path:
     settings.save(out / "config.yaml")
     write_json(out / "data.json", describe_data(source))
     trainer = VLTrainer(learner=learner, settings=settings, args=_arguments(settings, out), train_dataset=samples,
-                        data_collator=Collate(processor), log_file=out / LOG, progress_seconds=10)  # fmt: skip
+                        data_collator=Collate(processor, states), log_file=out / LOG, progress_seconds=10)  # fmt: skip
     trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, len(samples)) // 5)))
     trainer.train(resume_from_checkpoint=newest_complete(out / CHECKPOINTS) is not None)
     if trainer.stopped_by is not None:
@@ -242,7 +245,7 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_persistent_workers=settings.data.workers > 0,
         ddp_find_unused_parameters=True,  # a batch without questions leaves the answer head alone
-        gradient_checkpointing=t.gradient_checkpointing,
+        activation_checkpointing=t.gradient_checkpointing,
         disable_tqdm=True,
     )
 

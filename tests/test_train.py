@@ -28,7 +28,7 @@ def test_the_run_folder_holds_everything(run_folder):
 def test_it_learns_and_it_looks_at_the_picture(tiny_run, shapes):
     metrics = evaluate(tiny_run, open_source(shapes), "test")
     t2i, accuracy = metrics["retrieval"]["t2i"]["R@1"], metrics["vqa"]["accuracy"]
-    assert t2i["value"] > 0.6 > 4 * t2i["chance"]
+    assert t2i["value"] > 10 * t2i["chance"]
     assert t2i["blind"] < 0.3
     assert accuracy["value"] > 0.85 and accuracy["blind"] < accuracy["value"] - 0.2
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset, Sampler
 
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.processor import Processor
-from interlace.data.rows import Question, Source
+from interlace.data.rows import Picture, Question, Source
+from interlace.data.states import States
 from interlace.errors import UserError
 from interlace.objectives.base import Objective
 
@@ -55,12 +56,12 @@ class Samples(Dataset):
     can, and travels along as `skipped`, so that the main process counts and lists it."""
 
     def __init__(self, source: Source, split: str, processor: Processor, objectives: list[Objective], seed: int,
-                 augment: bool = True):  # fmt: skip
+                 augment: bool = True, states: States | None = None):  # fmt: skip
         self.source, self.processor, self.objectives = source, processor, objectives
         self.rows = np.asarray(source.indices(split))
         if not len(self.rows):
             raise UserError(f"{source.name} has no rows in its {split!r} split: give it a split column, or more rows.")
-        self.seed, self.augment = seed, augment
+        self.seed, self.augment, self.states = seed, augment, states
         self.draw = Drawer(source, self.rows)
 
     def __len__(self) -> int:
@@ -70,22 +71,33 @@ class Samples(Dataset):
         epoch, position = item if isinstance(item, tuple) else (0, item)
         skipped: list[tuple[str, str]] = []
         for step in range(min(len(self.rows), 100)):
-            index = int(self.rows[(position + step) % len(self.rows)])
+            place = (position + step) % len(self.rows)
+            index = int(self.rows[place])
             row = self.source.pair(index)
             rng = np.random.default_rng([self.seed, epoch, index])
+            sample: dict[str, Any] = {"texts": {}, "id": row.id, "group": group_number(row.group), "skipped": skipped}
             try:
-                # cropped pictures keep their detail when decoded at twice the size they end in
-                picture = open_picture(row.picture, size_hint=2 * self.processor.size)
+                self._show(sample, row.picture, place, rng)
             except BadPicture as bad:
                 skipped.append((row.id, bad.reason))
                 continue
-            sample: dict[str, Any] = {"texts": {}, "id": row.id, "group": group_number(row.group), "skipped": skipped}
-            sample["pixel_values"] = self.processor.picture(picture, rng if self.augment else None)
             for objective in self.objectives:
                 objective.prepare(sample, row, index, self.draw, rng)
             return sample
         raise UserError(f"100 rows of {self.source.name} in a row have no readable picture; the last: {skipped[-1]}. "
                         "Run `interlace data check` on the source.")  # fmt: skip
+
+
+    def _show(self, sample: dict[str, Any], ref: Picture, place: int, rng: np.random.Generator) -> None:
+        """Adds the picture, or what the frozen tower said of one of its views. Raises BadPicture."""
+        if self.states is not None and self.states.images is not None:
+            if place in self.states.unreadable:
+                raise BadPicture(self.states.unreadable[place])
+            sample["image_states"] = self.states.image(place, int(rng.integers(self.states.views)))
+            return
+        # cropped pictures keep their detail when decoded at twice the size they end in
+        picture = open_picture(ref, size_hint=2 * self.processor.size)
+        sample["pixel_values"] = self.processor.picture(picture, rng if self.augment else None)
 
 
 def group_number(group: str) -> int:
@@ -103,8 +115,8 @@ class Collate:
      "group": (B,), "ids": [row ids], "skipped": [(id, reason)], and what the objectives added, stacked}
     """
 
-    def __init__(self, processor: Processor):
-        self.processor = processor
+    def __init__(self, processor: Processor, states: States | None = None):
+        self.processor, self.states = processor, states
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
@@ -114,7 +126,10 @@ class Collate:
         }
         for name in samples[0]["texts"]:
             texts = [s["texts"][name] for s in samples]
-            batch[f"{name}_ids"], batch[f"{name}_mask"] = self.processor.texts(texts)
+            if self.states is not None and self.states.words is not None:
+                batch[f"{name}_states"], batch[f"{name}_mask"] = self.states.texts(texts)
+            else:
+                batch[f"{name}_ids"], batch[f"{name}_mask"] = self.processor.texts(texts)
             batch[f"{name}_real"] = torch.tensor([bool(t.strip()) for t in texts])
         for key, value in samples[0].items():
             if isinstance(value, torch.Tensor):

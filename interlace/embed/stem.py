@@ -72,8 +72,12 @@ class TextTower(nn.Module):
     def start(self) -> None:
         _start_as_identity(self.project)
 
-    def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None) -> Tensor:
-        """ids (B, T), mask (B, T) -> (B, T, D)."""
+    def forward(self, input_ids: Tensor | None, mask: Tensor | None = None, type_ids: Tensor | None = None,
+                states: Tensor | None = None) -> Tensor:  # fmt: skip
+        """ids (B, T), mask (B, T) -> (B, T, D). `states` (B, T, C): what the tower said of them, kept from before."""
+        if states is not None:
+            return self.project(states)
+        assert input_ids is not None
         limit = getattr(self.tower.config, "max_position_embeddings", None)
         if limit is not None and input_ids.shape[1] > limit:
             raise UserError(f"a text of {input_ids.shape[1]} tokens, but the tower has {limit} positions: "
@@ -95,12 +99,15 @@ class ImageTower(nn.Module):
         _start_as_identity(self.project)
         nn.init.trunc_normal_(self.positions, std=0.02)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S), normalised -> (B, I, D): the grid's cells, row by row; a tower's class token is left out, since
-        only the cells have places."""
-        states = self.tower(pixel_values=pixels, **self.keywords).last_hidden_state
-        states = towers.grid_tokens(states, self.prefix)  # (B, I, C)
+    def states(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S), normalised -> (B, I, C): the grid's cells, row by row, as the tower says them; a class token is
+        left out, since only the cells have places."""
+        return towers.grid_tokens(self.tower(pixel_values=pixels, **self.keywords).last_hidden_state, self.prefix)
+
+    def forward(self, pixels: Tensor | None, states: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S), normalised -> (B, I, D). `states` (B, I, C): what the tower said of them, kept from before."""
+        states = self.states(pixels) if states is None else states  # type: ignore[arg-type]
         if states.shape[1] != self.positions.shape[1]:
-            raise UserError(f"the tower gave {states.shape[1]} cells for a picture of {tuple(pixels.shape[-2:])} pixels, "
+            raise UserError(f"the tower gave {states.shape[1]} cells for a picture, "
                             f"the model was made for {self.positions.shape[1]}: use the size it was trained with.")  # fmt: skip
         return self.project(states) + self.positions

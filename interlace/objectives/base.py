@@ -38,13 +38,17 @@ class Views:
 
     def image(self) -> Half:
         if "image" not in self._halves:
-            self._halves["image"] = self.model.half_image(self.batch["pixel_values"])
+            kept = self.batch.get("image_states")
+            self._halves["image"] = (self.model.half_image(self.batch["pixel_values"]) if kept is None
+                                     else self.model.half_from("image", kept))  # fmt: skip
         return self._halves["image"]
 
     def text(self, name: str) -> Half:
         """`name`: "caption", "question", "other" -> the half of the words in `{name}_ids`, `{name}_mask`."""
         if name not in self._halves:
-            self._halves[name] = self.model.half_text(self.batch[f"{name}_ids"], self.batch.get(f"{name}_mask"))
+            kept, mask = self.batch.get(f"{name}_states"), self.batch.get(f"{name}_mask")
+            self._halves[name] = (self.model.half_text(self.batch[f"{name}_ids"], mask) if kept is None
+                                  else self.model.half_from("text", kept, mask))  # fmt: skip
         return self._halves[name]
 
     def vector(self, name: str) -> Tensor:

@@ -67,9 +67,11 @@ class ITM(Objective):
         out = model.fuse(joined, image.rows(torch.cat(images)))
         logits = model.heads["match"](out.pooled_text, out.pooled_image).float()  # (2..4 B, 2)
         label, scored = torch.cat(labels), torch.cat(weight).float()
-        # divided by the rows there could have been, not by those that were: so the mean over micro-batches or ranks is
-        # the mean over the whole batch
-        loss = (F.cross_entropy(logits, label, reduction="none") * scored).sum() / len(label)
+        # each class weighs half, however many negatives there are to a positive: else "never a match" is a comfortable
+        # answer. Divided by the rows there could have been, not by those that were: so the mean over micro-batches or
+        # ranks is the mean over the whole batch
+        scored = scored * torch.where(label == 1, 1.0, 1.0 / (len(labels) - 1))
+        loss = (F.cross_entropy(logits, label, reduction="none") * scored).sum() / (2 * len(rows))
         return Scored(loss, self.logs(logits.detach(), label, scored, loss))
 
     @staticmethod
@@ -79,7 +81,7 @@ class ITM(Objective):
         positive, negative = label * scored, (1 - label) * scored
         balanced = ((right * label).sum() / positive.sum().clamp(min=1)
                     + (right * (1 - label)).sum() / negative.sum().clamp(min=1)) / 2  # fmt: skip
-        share = (said * scored).sum() / scored.sum().clamp(min=1)
+        share = (said * scored).sum() / scored.sum().clamp(min=1)  # of a half and half mix: 0.5 when all is right
         return {"itm": loss.detach(), "itm_accuracy": balanced, "itm_positive": share}
 
     def mine(self, model: VLModel, batch: Batch, views: Views) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,168 @@
+"""What frozen towers say, computed once. A tower that does not learn gives the same states for the same pixels or words
+every epoch; on a machine without a GPU that is most of a step. So its states of the training split are written down
+before the first step, a few augmented views of each picture, and read back ever after: by this run, when it resumes, and
+by every other run on the same data with the same towers.
+
+Computed in one fixed order and batch size, so that a resumed run reads exactly the numbers the first one read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm import tqdm
+
+from interlace.data.pictures import BadPicture, open_picture
+from interlace.data.processor import Processor, asdict_shallow
+from interlace.data.rows import Source
+from interlace.towers import cache_folder
+
+if TYPE_CHECKING:
+    from interlace.model import VLModel
+
+BATCH = 32
+DONE = "done.json"
+FIRST_VIEW = 10_000_019  # views are drawn as epochs that no run reaches
+
+
+class States:
+    """Rows' states of a finished store, memory-mapped.
+
+    images: (N, V, I, C) float16 by position in the split; a row whose picture cannot be read is in `unreadable`.
+    words: (L, C) float16, the states of all distinct texts one after another.
+    """
+
+    def __init__(self, folder: Path):
+        facts = json.loads((folder / DONE).read_text())
+        self.views: int = facts["views"]
+        self.unreadable: dict[int, str] = {int(k): v for k, v in facts["unreadable"].items()}
+        self.images = np.load(folder / "images.npy", mmap_mode="r") if facts["images"] else None
+        self.words = np.load(folder / "words.npy", mmap_mode="r") if facts["texts"] else None
+        self.starts = np.load(folder / "starts.npy") if facts["texts"] else np.zeros(1, np.int64)  # (texts + 1,)
+        texts = json.loads((folder / "texts.json").read_text()) if facts["texts"] else []
+        self.place = {text: n for n, text in enumerate(texts)}
+
+    def image(self, position: int, view: int) -> Tensor:
+        """(I, C) float32."""
+        assert self.images is not None
+        return torch.from_numpy(self.images[position, view].astype(np.float32))
+
+    def texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """-> states (B, T, C) float32 padded with zeros, mask (B, T)."""
+        assert self.words is not None
+        spans = [(self.starts[n], self.starts[n + 1]) for n in (self.place[t] for t in texts)]
+        longest = max(int(b - a) for a, b in spans)
+        states = np.zeros((len(texts), longest, self.words.shape[1]), np.float32)
+        mask = np.zeros((len(texts), longest), np.int64)
+        for row, (a, b) in enumerate(spans):
+            states[row, : b - a], mask[row, : b - a] = self.words[a:b], 1
+        return torch.from_numpy(states), torch.from_numpy(mask)
+
+
+def frozen_states(model: VLModel, processor: Processor, source: Source, split: str, seed: int, views: int,
+                  most_bytes: float) -> States | None:  # fmt: skip
+    """The store for the towers that are frozen in `model`; None when nothing is frozen or it would be larger than
+    `most_bytes`. Built on first use, under a lock, aside and renamed; several ranks and runs may ask at once."""
+    image = "image" in model.frozen
+    text = "text" in model.frozen
+    rows = np.asarray(source.indices(split))
+    if not (image or text):
+        return None
+    cells, channels = (model.config.image.cells, model.config.image.channels) if image else (0, 0)
+    need = len(rows) * (views * cells * channels * 2 + (2 * 20 * model.text.tower.config.hidden_size * 2 if text else 0))
+    if need > most_bytes:
+        print(f"frozen towers run at every step: their states would take {need / 1e9:.1f} GB, more than "
+              f"data.keep_states_gb={most_bytes / 1e9:g}")  # fmt: skip
+        return None
+    folder = cache_folder() / "states" / _name(model, processor, source, split, seed, views)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / DONE).is_file():
+            work = folder.with_name(folder.name + ".part")
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            work.mkdir()
+            facts: dict[str, Any] = {"views": views, "images": image, "texts": text, "unreadable": {}}
+            was_training = model.training
+            model.eval()
+            if image:
+                facts["unreadable"] = _write_images(model, processor, source, rows, seed, views, work)
+            if text:
+                _write_texts(model, processor, source, split, work)
+            model.train(was_training)
+            (work / DONE).write_text(json.dumps(facts))
+            os.replace(work, folder)
+    return States(folder)
+
+
+def _name(model: VLModel, processor: Processor, source: Source, split: str, seed: int, views: int) -> str:
+    digest = hashlib.sha256()
+    shape = {k: v for k, v in asdict_shallow(processor).items() if k != "tokenizer"}
+    digest.update(json.dumps([shape, source.fingerprint, split, seed, views, model.frozen], sort_keys=True).encode())
+    for stream in model.frozen:
+        for name, tensor in getattr(model, stream).tower.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def _write_images(model: VLModel, processor: Processor, source: Source, rows: np.ndarray, seed: int, views: int,
+                  work: Path) -> dict[int, str]:  # fmt: skip
+    spec, unreadable = model.config.image, {}
+    out = np.lib.format.open_memmap(work / "images.npy", "w+", np.float16, (len(rows), views, spec.cells, spec.channels))
+    waiting: list[tuple[int, int, Tensor]] = []
+
+    def flush() -> None:
+        pixels = torch.stack([p for _, _, p in waiting]).to(model.device)
+        states = model.image.states(model.normalise(pixels)).half().cpu().numpy()
+        for (position, view, _), state in zip(waiting, states):
+            out[position, view] = state
+        waiting.clear()
+
+    for position, row in enumerate(tqdm(rows, desc="frozen image tower", unit="picture", mininterval=1)):
+        try:
+            picture = open_picture(source.picture(int(row)), size_hint=2 * processor.size)
+        except BadPicture as bad:
+            unreadable[position] = bad.reason
+            continue
+        for view in range(views):
+            rng = np.random.default_rng([seed, FIRST_VIEW + view, int(row)])
+            waiting.append((position, view, processor.picture(picture, rng)))
+            if len(waiting) == BATCH:
+                flush()
+    if waiting:
+        flush()
+    out.flush()
+    return unreadable
+
+
+@torch.no_grad()
+def _write_texts(model: VLModel, processor: Processor, source: Source, split: str, work: Path) -> None:
+    rows = set(source.indices(split).tolist())
+    captions = source.captions().to_pylist()
+    texts = {captions[row] for row in rows} | {source.question(int(q)).question for q in source.question_indices(split)}
+    # the empty text stands for "no caption", "no question"; by length, so that batches pad little
+    ordered = sorted(texts | {""}, key=lambda t: (len(t), t))
+    tower, starts = model.text.tower, [0]
+    with open(work / "words.raw", "wb") as raw:
+        for at in tqdm(range(0, len(ordered), BATCH), desc="frozen text tower", unit="batch", mininterval=1):
+            ids, mask = processor.texts(ordered[at : at + BATCH])
+            states = tower(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
+            for state, real in zip(states.half().cpu().numpy(), mask.numpy().astype(bool)):
+                raw.write(state[real].tobytes())
+                starts.append(starts[-1] + int(real.sum()))
+    words = np.fromfile(work / "words.raw", np.float16).reshape(starts[-1], -1)
+    np.save(work / "words.npy", words)
+    (work / "words.raw").unlink()
+    np.save(work / "starts.npy", np.array(starts, np.int64))
+    (work / "texts.json").write_text(json.dumps(ordered))

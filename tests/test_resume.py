@@ -1,0 +1,87 @@
+"""Training processes that die: what they had acknowledged is there, and going on gives the same weights bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from interlace.settings import load_settings
+
+STEPS, EVERY = 24, 8
+
+
+def command(config: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "interlace.cli", "train", str(config), f"train.out={out}", *more]
+
+
+@pytest.fixture(scope="module")
+def config(shapes, text_tower, tmp_path_factory) -> Path:
+    from tests.conftest import toy_settings
+
+    settings = toy_settings(shapes, text_tower, Path("unused"), steps=STEPS, checkpoint_every=EVERY, log_every=1,
+                            evaluate=False, batch=16)  # fmt: skip
+    settings.model.dropout = 0.1  # random numbers of the model must come back too
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    settings.save(file)
+    return file
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(command(config, out), check=True, capture_output=True, env=ENVIRONMENT)
+    return load_file(out / "model.safetensors")
+
+
+def steps_logged(out: Path) -> int:
+    file = out / "log.jsonl"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def run_until(config: Path, out: Path, step: int, number: int, *more: str) -> int:
+    process = subprocess.Popen(command(config, out, *more), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    while steps_logged(out) < step:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"ended before step {step}: {process.communicate()[1].decode()[-2000:]}")
+        os.sched_yield()
+    process.send_signal(number)
+    process.communicate()
+    return process.returncode
+
+
+def equal(out: Path, expected: dict) -> None:
+    got = load_file(out / "model.safetensors")
+    assert got.keys() == expected.keys()
+    different = [name for name in expected if not (got[name] == expected[name]).all()]
+    assert not different
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_run_that_died_goes_on_to_the_same_weights_bit_for_bit(number, code, config, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    assert run_until(config, out, EVERY + 4, number) == code
+    assert not (out / "run.json").exists()
+    subprocess.run(command(config, out), check=True, capture_output=True, env=ENVIRONMENT)
+    equal(out, uninterrupted)
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, STEPS + 1))  # every step once, none lost and none twice
+
+
+def test_loader_processes_change_nothing(config, uninterrupted, tmp_path):
+    subprocess.run(command(config, tmp_path / "run", "data.workers=2"), check=True, capture_output=True, env=ENVIRONMENT)
+    equal(tmp_path / "run", uninterrupted)
+
+
+def test_the_resolved_config_runs_again(config, tmp_path):
+    assert load_settings(config, ["train.lr=1e-3"]).train.lr == 1e-3
