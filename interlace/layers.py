@@ -155,6 +155,8 @@ class Layer(nn.Module):
 def build_layer(kind: Kind, text: Width, image: Width) -> Layer:
     """The layer a line of the schedule names. Raises UserError for a kind that no class has."""
     if kind.name not in Layer.kinds:
+        import interlace.presets  # noqa: F401  a preset's own kind is known once its file is imported
+    if kind.name not in Layer.kinds:
         known = ", ".join(sorted(Layer.kinds))
         raise UserError(f"no kind of layer is called {kind.name!r} (known: {known}).{suggest(kind.name, Layer.kinds)}")
     return Layer.kinds[kind.name](text, image, **dict(kind.options))
@@ -256,8 +258,8 @@ class Joint(Layer):
 class Co(Layer):
     """Each stream reads the other, both from the states before the layer. ViLBERT; tied and without FFN: LXMERT.
 
-    `tied`: one attention (its norm too) serves both directions. `ffn`: a feed-forward follows. `inner`, `heads`: size
-    the attention works in and its heads, where they differ from the streams' (ViLBERT). With one stream absent it passes.
+    `tied`: one attention (its norm too) serves both directions. `ffn`: a feed-forward follows. `inner`, `heads`: the
+    attention's size and heads, where they differ from the streams' (ViLBERT). With one stream absent it passes.
     """
 
     kind = "co"

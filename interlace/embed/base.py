@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from interlace.errors import UserError, suggest
@@ -17,7 +18,7 @@ from interlace.layers import Width
 
 @dataclass
 class Embedder:
-    """A specification. `width`: the stream it feeds. `pool`: how the stream becomes one vector, "first" or "mean"."""
+    """A specification. `width`: the stream it feeds. `pool`: how it becomes one vector: "first", "last" or "mean"."""
 
     width: Width
     pool: str = "first"
@@ -43,6 +44,8 @@ def embedder_from_dict(given: dict[str, Any]) -> Embedder:
     given = dict(given)
     name = given.pop("embed", None)
     if name not in Embedder.known:
+        import interlace.presets  # noqa: F401  a preset's own embedder is known once its file is imported
+    if name not in Embedder.known:
         raise UserError(f"unknown embedder {name!r} (known: {', '.join(Embedder.known)})."
                         + suggest(str(name), Embedder.known))  # fmt: skip
     cls = Embedder.known[name]
@@ -53,9 +56,11 @@ def embedder_from_dict(given: dict[str, Any]) -> Embedder:
 
 
 def pool(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
-    """(B, L, D), mask (B, L) or None -> (B, D). "first": position 0. "mean": over real positions."""
+    """(B, L, D), mask (B, L) or None -> (B, D). "first": position 0. "last": the last real one. "mean": of the real."""
     if how == "first":
         return states[:, 0]
+    if how == "last":
+        return states[:, -1] if mask is None else states[torch.arange(len(states)), mask.long().sum(1).clamp(min=1) - 1]
     if mask is None:
         return states.mean(1)
     weight = mask.to(states.dtype).unsqueeze(-1)  # (B, L, 1)
