@@ -356,7 +356,7 @@ def serve(
     if host not in SHOWN_AS and not token:
         raise UserError(
             f"--host {host} lets other machines reach the demo, so it needs a token that they must know: "
-            f"add --token {secrets.token_urlsafe(12)} (or any long word of your own), "
+            f"add --token {secrets.token_hex(10)} (or any long word of your own), "
             "or leave --host out to serve this machine only."
         )
     app = create_app(run, index, token=token)

@@ -16,7 +16,7 @@ from interlace.search.filters import parse
 
 LOOK = 20_000  # rows looked at for frequent values and ranges: enough to choose from, quick on 10 million
 MOST = 40  # values listed per column
-EXAMPLE = 48  # characters of a query worth proposing
+EXAMPLE = 32  # characters of a query worth proposing: four fit on a line
 
 
 def facets(index: Index) -> tuple[list[Column], bool]:

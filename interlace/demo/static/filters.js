@@ -105,7 +105,9 @@ function fill(sheet, c) {
 
 export function pill(label, id, fillSheet) {
   const sheet = el("div", { class: "sheetlet" });
-  const details = el("details", { class: "pop", id, ontoggle: () => details.open && fillSheet(sheet) }, el("summary", {}, el("span", {}, label)), sheet);
+  // filled at the click, not at the later "toggle" event, which would replace what was typed in between
+  const summary = el("summary", { onclick: () => details.open || fillSheet(sheet) }, el("span", {}, label));
+  const details = el("details", { class: "pop", id }, summary, sheet);
   return details;
 }
 
@@ -158,7 +160,7 @@ export function mark() {
 /** The two or three attributes worth a line on a card: what kind of thing it is, then how large, dear or old. */
 export function brief(attributes) {
   const known = columns.filter((c) => show(attributes[c.name]) !== "–");
-  const texts = known.filter((c) => c.type === "text" && useful(c));
+  const texts = known.filter((c) => c.type === "text" && useful(c)).sort((a, b) => (a.distinct < 4) - (b.distinct < 4)); // two or three values say little
   const numbers = known.filter((c) => c.type === "number" && useful(c));
   return [...texts.slice(0, 1), ...numbers.slice(0, 2), ...texts.slice(1)].slice(0, 3).map((c) => [title(c.name), c.type === "number" ? `${title(c.name).toLowerCase()} ${valueOf(c.name, attributes[c.name])}` : show(attributes[c.name])]);
 }
