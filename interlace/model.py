@@ -11,7 +11,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from interlace.config import VLConfig
-from interlace.embed.base import pool
+from interlace.embed.base import Pooler, pool
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
 from interlace.heads import build_head
@@ -75,6 +75,9 @@ class VLModel(PreTrainedModel):
         self.text, self.image = config.text.build(), config.image.build()
         self.schedule = Schedule(config.segments, config.text.width, config.image.width)
         widths = config.text.width.size, config.image.width.size
+        specs = {"text": config.text, "image": config.image}
+        trained = {stream: spec for stream, spec in specs.items() if spec.pool in ("tanh", "relu")}
+        self.poolers = nn.ModuleDict({stream: Pooler(spec.width, spec.pool) for stream, spec in trained.items()})
         self.heads = nn.ModuleDict({name: build_head(name, o, *widths) for name, o in config.heads.items()})
         spec = config.image
         if hasattr(spec, "mean"):
@@ -149,7 +152,10 @@ class VLModel(PreTrainedModel):
         """Pixels (B, 3, S, S), uint8 or normalised float, or regions -> the image stream just before fusion. `mask`
         (B, I); of pixels (B, H, W) for pictures of unequal sizes, if the embedder takes such."""
         pixels = self.normalise(pixel_values)
-        embedded = self.image(pixels, mask) if getattr(self.image, "masks_pixels", False) else self.image(pixels)
+        if getattr(self.image, "reads_words", False):  # its regions share tables of the words (types, positions, norm)
+            embedded = self.image(pixels, self.text)
+        else:
+            embedded = self.image(pixels, mask) if getattr(self.image, "masks_pixels", False) else self.image(pixels)
         states, mask = _with_mask(embedded, mask)
         streams = self.schedule.run(Streams(None, states), everyone(None, mask), stop=self._alone)
         return Half(streams.image, mask)  # type: ignore[arg-type]
@@ -173,9 +179,17 @@ class VLModel(PreTrainedModel):
         return VLOutput(
             streams.text,
             streams.image,
-            pool(streams.text, text.mask, self.config.text.pool),  # type: ignore[arg-type]
-            pool(streams.image, image.mask, self.config.image.pool),  # type: ignore[arg-type]
+            self.pooled(streams.text, text.mask, "text"),
+            self.pooled(streams.image, image.mask, "image"),
         )
+
+    def pooled(self, states: Tensor | None, mask: Tensor | None, stream: str) -> Tensor | None:
+        """(B, L, D) -> (B, D), as the stream's embedder says; None for a stream that is not there."""
+        if states is None:
+            return None
+        if stream in self.poolers:
+            return self.poolers[stream](states)
+        return pool(states, mask, getattr(self.config, stream).pool)
 
     def forward(
         self,
@@ -208,8 +222,7 @@ class VLModel(PreTrainedModel):
             see = everyone(half.mask, None) if text else everyone(None, half.mask)
             out = self.schedule.run(streams, see)
             states = out.text if text else out.image  # type: ignore[assignment]
-        how = getattr(self.config, stream).pool
-        return self.heads["contrast"].project(pool(states, half.mask, how), stream)
+        return self.heads["contrast"].project(self.pooled(states, half.mask, stream), stream)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, P), L2-normalised."""

@@ -18,7 +18,8 @@ from interlace.layers import Width
 
 @dataclass
 class Embedder:
-    """A specification. `width`: the stream it feeds. `pool`: how it becomes one vector: "first", "last" or "mean"."""
+    """A specification. `width`: the stream it feeds. `pool`: how it becomes one vector: "first", "last", "mean", or a
+    trained `Pooler`, "tanh" as in BERT or "relu"."""
 
     width: Width
     pool: str = "first"
@@ -53,6 +54,18 @@ def embedder_from_dict(given: dict[str, Any]) -> Embedder:
     if unknown:
         raise UserError(f"{name}: unknown fields {sorted(unknown)}; expected {[f.name for f in fields(cls)]}.")
     return cls(**{**given, "width": Width(**given["width"])})
+
+
+class Pooler(nn.Module):
+    """The state of position 0 through a linear and an activation. Devlin et al. 2019: BERT's pooler."""
+
+    def __init__(self, width: Width, activation: str):
+        super().__init__()
+        self.dense = nn.Linear(width.size, width.size)
+        self.activation = {"tanh": torch.tanh, "relu": torch.relu}[activation]
+
+    def forward(self, states: Tensor) -> Tensor:  # (B, L, D) -> (B, D)
+        return self.activation(self.dense(states[:, 0]))
 
 
 def pool(states: Tensor, mask: Tensor | None, how: str) -> Tensor:

@@ -1,15 +1,12 @@
-"""What reads the states at the end: one small module per kind of answer. Each is built from `VLConfig.heads`."""
+"""Heads over two pooled vectors, one of each stream."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from interlace.errors import UserError, suggest
 
 
 class Contrast(nn.Module):
@@ -76,13 +73,3 @@ class Answers(Pair):
         # one answer in `labels` is right: begin there, or the first steps only learn that most answers are wrong
         # (Lin et al. 2017, arXiv:1708.02002, section 4.1)
         nn.init.constant_(self.out.bias, -math.log(max(self.labels - 1, 1)))
-
-
-HEADS = {"contrast": Contrast, "match": Match, "answers": Answers}
-
-
-def build_head(name: str, options: dict[str, Any], text: int, image: int) -> nn.Module:
-    """The head of that name for streams of these widths. Raises UserError for an unknown name."""
-    if name not in HEADS:
-        raise UserError(f"no head is called {name!r} (known: {', '.join(HEADS)}).{suggest(name, HEADS)}")
-    return HEADS[name](text, image, **options)

@@ -1,0 +1,29 @@
+"""What reads the states at the end: one small module per kind of answer. Each is built from `VLConfig.heads`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from interlace.errors import UserError, suggest
+from interlace.heads.pair import Answers, Contrast, Match
+from interlace.heads.predict import Linear, Tied, Transformed
+
+HEADS: dict[str, type[nn.Module]] = {"contrast": Contrast, "match": Match, "answers": Answers,
+                                     "linear": Linear, "transformed": Transformed, "tied": Tied}  # fmt: skip
+
+__all__ = ["HEADS", "Answers", "Contrast", "Linear", "Match", "Tied", "Transformed", "build_head"]
+
+
+def build_head(name: str, options: dict[str, Any], text: int, image: int) -> nn.Module:
+    """The head of that name for streams of these widths; option `kind` names another class than `name` does, so that a
+    model may have several of one kind. A preset's own head enters HEADS in the preset's file. Raises UserError for an
+    unknown kind."""
+    options = dict(options)
+    kind = options.pop("kind", name)
+    if kind not in HEADS:
+        import interlace.presets  # noqa: F401  a preset's own head is known once its file is imported
+    if kind not in HEADS:
+        raise UserError(f"no head is called {kind!r} (known: {', '.join(HEADS)}).{suggest(kind, HEADS)}")
+    return HEADS[kind](text, image, **options)
