@@ -77,7 +77,7 @@ class VLModel(PreTrainedModel):
         widths = config.text.width.size, config.image.width.size
         specs = {"text": config.text, "image": config.image}
         trained = {stream: spec for stream, spec in specs.items() if spec.pool in ("tanh", "relu")}
-        self.poolers = nn.ModuleDict({stream: Pooler(spec.width, spec.pool) for stream, spec in trained.items()})
+        self.poolers = nn.ModuleDict({stream: Pooler(s.width, s.pool, s.pool_size) for stream, s in trained.items()})
         self.heads = nn.ModuleDict({name: build_head(name, o, *widths) for name, o in config.heads.items()})
         spec = config.image
         if hasattr(spec, "mean"):

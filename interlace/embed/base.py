@@ -19,10 +19,11 @@ from interlace.layers import Width
 @dataclass
 class Embedder:
     """A specification. `width`: the stream it feeds. `pool`: how it becomes one vector: "first", "last", "mean", or a
-    trained `Pooler`, "tanh" as in BERT or "relu"."""
+    trained `Pooler`, "tanh" as in BERT or "relu". `pool_size`: of a trained pooler's vector; 0 means the stream's."""
 
     width: Width
     pool: str = "first"
+    pool_size: int = 0
 
     name: ClassVar[str] = ""
     stream: ClassVar[str] = ""  # "text" or "image"
@@ -59,12 +60,12 @@ def embedder_from_dict(given: dict[str, Any]) -> Embedder:
 class Pooler(nn.Module):
     """The state of position 0 through a linear and an activation. Devlin et al. 2019: BERT's pooler."""
 
-    def __init__(self, width: Width, activation: str):
+    def __init__(self, width: Width, activation: str, size: int = 0):
         super().__init__()
-        self.dense = nn.Linear(width.size, width.size)
+        self.dense = nn.Linear(width.size, size or width.size)
         self.activation = {"tanh": torch.tanh, "relu": torch.relu}[activation]
 
-    def forward(self, states: Tensor) -> Tensor:  # (B, L, D) -> (B, D)
+    def forward(self, states: Tensor) -> Tensor:  # (B, L, D) -> (B, size)
         return self.activation(self.dense(states[:, 0]))
 
 
