@@ -1,0 +1,114 @@
+"""ViLT's two inputs: words, and patches of pictures of unequal sizes. Kim et al. 2021 (arXiv:2102.03334), 3.1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from interlace.embed.patches import PatchEmbedding, Patches
+from interlace.embed.words import WordEmbedding, Words
+from interlace.errors import UserError
+
+
+@dataclass
+class ViLTWords(Words):
+    """BERT's words, and a modality vector after their norm, whose epsilon is BERT's while the blocks have ViT's."""
+
+    positions: int = 40
+    eps: float = 1e-12
+    name = "vilt_words"
+
+    def build(self) -> nn.Module:
+        return ViLTWordEmbedding(self)
+
+
+class ViLTWordEmbedding(WordEmbedding):
+    def __init__(self, spec: ViLTWords):
+        super().__init__(spec)
+        self.norm = nn.LayerNorm(spec.width.size, eps=spec.eps)
+        self.modality = nn.Parameter(torch.zeros(1, spec.width.size))
+
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None) -> Tensor:
+        """ids (B, T) -> (B, T, D)."""
+        return super().forward(input_ids, mask, type_ids) + self.modality
+
+
+@dataclass
+class ViLTPatches(Patches):
+    """Patches of pictures that keep their shape, padded to the batch's largest.
+
+    `images`: modality vectors, 2 for two pictures a text (NLVR2). `most`: in training a picture keeps at most so many
+    patches, drawn at random (200 in pre-training; 0 = all).
+    """
+
+    size: int = 384
+    patch: int = 32
+    images: int = 1
+    most: int = 0
+    name = "vilt_patches"
+
+    def build(self) -> nn.Module:
+        return ViLTPatchEmbedding(self)
+
+
+class ViLTPatchEmbedding(PatchEmbedding):
+    """The positions are stretched to each picture's own grid, so padding changes nothing in a picture. The release puts
+    the patches in random order; here they stand row by row, then the padding: attention knows no difference."""
+
+    masks_pixels = True
+
+    def __init__(self, spec: ViLTPatches):
+        super().__init__(spec)
+        self.modality = nn.Parameter(torch.zeros(spec.images, spec.width.size))
+        self.most = spec.most
+
+    def grid(self, mask: Tensor) -> Tensor:
+        """Mask of pixels (B, H, W) -> of patches (B, H/p, W/p), bool: a patch is real if its first pixel is.
+        Raises UserError when the real pixels are no rectangle from the top left corner."""
+        real = mask[:, :: self.patch, :: self.patch].bool()
+        real = real[:, : mask.shape[1] // self.patch, : mask.shape[2] // self.patch]
+        box = real[:, :, :1] & real[:, :1, :]
+        if not torch.equal(real, box) or not real[:, 0, 0].all():
+            raise UserError("a mask of pixels marks one rectangle from the top left corner of each picture, at least a "
+                            f"patch ({self.patch} pixels) on each side: pad on the right and below.")  # fmt: skip
+        return real
+
+    def order(self, real: Tensor) -> Tensor:
+        """Mask of patches (B, h, w) -> (B, K): the place, row by row, of each slot. Real patches first, in reading
+        order; K is the largest count of the batch, at most `most` in training."""
+        real = real.flatten(1)  # (B, h*w)
+        longest = int(real.sum(1).max())
+        key = (~real).float()
+        if self.training and 0 < self.most < longest:
+            lot = torch.rand_like(key) + 2 * key  # who leaves is drawn, who stays keeps the reading order
+            kept = torch.zeros_like(real).scatter_(1, lot.argsort(dim=1)[:, : self.most], True)
+            key, longest = key + (~kept), self.most
+        return key.argsort(dim=1, stable=True)[:, :longest]
+
+    def embed(self, pixels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """-> patches with positions (B, 1+K, D), their mask (B, 1+K), and their row and column (B, K, 2)."""
+        if min(pixels.shape[-2:]) < self.patch:
+            raise UserError(f"a picture of {pixels.shape[-1]}x{pixels.shape[-2]} pixels is smaller than one patch "
+                            f"({self.patch}): resize it to at least that.")  # fmt: skip
+        cells = self.project(pixels)  # (B, D, h, w)
+        width = cells.shape[-1]
+        real = self.grid(mask) if mask is not None else torch.ones_like(cells[:, 0], dtype=torch.bool)
+        table = self.positions[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)  # (1, D, s, s)
+        positions = torch.zeros_like(cells)
+        for row, (h, w) in enumerate(zip(real[:, :, 0].sum(1).tolist(), real[:, 0].sum(1).tolist())):
+            positions[row, :, :h, :w] = F.interpolate(table, (h, w), mode="bilinear", align_corners=True)[0]
+        order = self.order(real)  # (B, K)
+        x = (cells + positions).flatten(2).transpose(1, 2)  # (B, h*w, D)
+        x = x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        first = (self.first + self.positions[:, :1]).expand(len(x), -1, -1)
+        kept = torch.cat([torch.ones_like(order[:, :1], dtype=torch.bool), real.flatten(1).gather(1, order)], 1)
+        return torch.cat([first, x], 1), kept, torch.stack([order // width, order % width], -1)
+
+    def forward(self, pixels: Tensor, mask: Tensor | None = None, image: int = 0) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W), normalised, and the mask of their pixels (B, H, W), None = nothing is padded
+        -> (B, 1+K, D), mask (B, 1+K). `image`: which of a text's pictures these are."""
+        x, kept, _ = self.embed(pixels, mask)
+        return self.dropout(x) + self.modality[image], kept
