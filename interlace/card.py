@@ -57,8 +57,7 @@ def model_card(out: Path, settings: Settings, model: VLModel, facts: dict[str, A
     file = out / "metrics.json"
     metrics = json.loads(file.read_text()) if file.is_file() else None
     data = json.loads((out / "data.json").read_text())
-    count = sum(p.numel() for p in model.parameters())
-    learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count, learnt = facts["parameters"], facts["trained"]
     results = f"""## Results
 
 Split `{metrics["split"]}`, {metrics["rows"]} rows, per cent. Blind: the same model shown another row's picture or a white one.

@@ -55,7 +55,7 @@ def data_get(args: argparse.Namespace) -> int:
     from interlace.data.samples import get_sample
 
     for name in args.names:
-        print(get_sample(name))
+        print(get_sample(name, packages=Path(args.packages) if args.packages else None))
     return 0
 
 
@@ -76,7 +76,8 @@ def data_check(args: argparse.Namespace) -> int:
     from interlace.data.check import check
     from interlace.towers import load_tokenizer
 
-    report = check(args.source, columns=columns(args.column), max_length=args.max_length, tokenizer=load_tokenizer(args.text))
+    report = check(args.source, columns=columns(args.column), max_length=args.max_length, tokenizer=load_tokenizer(args.text),
+                   write_groups=Path(args.write_groups) if args.write_groups else None)  # fmt: skip
     return report.exit_status
 
 
@@ -135,14 +136,14 @@ def index_source(args: argparse.Namespace) -> int:
 
 def search_index(args: argparse.Namespace) -> int:
     from interlace.run import Run
-    from interlace.search import Index, print_hits, search, to_dict
+    from interlace.search import Index, print_hits, search, to_dicts
 
     picture = open_query_picture(args.image)
     run = Run.load(args.run)
     index = Index.open(Path(args.index) if args.index else run.folder / "index", run)
     result = search(index, run, text=args.text, picture=picture, where=args.where, k=args.k, weight=args.weight,
                     mode=args.mode, rerank=args.rerank)  # fmt: skip
-    print(json.dumps(to_dict(result), ensure_ascii=False, indent=2)) if args.json else print_hits(result)
+    print(json.dumps(to_dicts(result), ensure_ascii=False, indent=2)) if args.json else print_hits(result)
     return 0
 
 
@@ -205,6 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
     parts = data.add_subparsers(dest="part", required=True, metavar="get|show|check")
     sub = verb("get", data_get, "bring sample sets to this machine", parts)
     sub.add_argument("names", nargs="+", metavar="NAME", help="furniture, food, interiors")
+    sub.add_argument("--packages", metavar="FOLDER", help="packages downloaded elsewhere, for a machine without network")
     sub = verb("show", data_show, "print rows, batch shapes and the words the model sees", parts)
     source(sub)
     sub.add_argument("--rows", type=int, default=3)
@@ -214,6 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     source(sub)
     sub.add_argument("--max-length", type=int, default=40, help="tokens a caption may have before it is cut")
     sub.add_argument("--text", default="minilm", help="text tower whose tokenizer counts")
+    sub.add_argument("--write-groups", metavar="FILE", help="write the rows with the groups their pictures suggest")
 
     sub = verb("train", train_run, "train, or resume, a run")
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped recipe (demo)")

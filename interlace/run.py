@@ -90,7 +90,10 @@ class Run:
         answers = {"answers": [], "temperature": 1.0}
         if (folder / ANSWERS).is_file():
             answers = json.loads((folder / ANSWERS).read_text())
-        model = VLModel.from_pretrained(folder, local_files_only=True)
+        model, report = VLModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        if unfilled := sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]):
+            raise UserError(f"{folder}/{WEIGHTS} does not fit its config.json ({', '.join(unfilled[:3])}, ...): it was written "
+                            "by another version. Train it again, or install the version that wrote it.")  # fmt: skip
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(folder, model.to(device), Processor.load(folder), answers["answers"], answers["temperature"], facts)  # type: ignore[arg-type]
@@ -104,6 +107,17 @@ class Run:
     @property
     def can_match(self) -> bool:
         return "match" in self.model.heads
+
+    @property
+    def match_weight(self) -> float:
+        """Weight of the match logit beside the cosine when a search re-ranks, fitted on the validation split: 0 where
+        matching did not help."""
+        return float(self.facts.get("match_weight", 0.0))
+
+    @property
+    def picture_size(self) -> int:
+        """Side in pixels of the pictures the model sees."""
+        return self.processor.size
 
     @property
     def can_answer(self) -> bool:

@@ -275,7 +275,16 @@ def describe_data(source: Source) -> dict[str, Any]:
     return {"source": source.name, "fingerprint": source.fingerprint, "licence": source.licence,
             "rows": {split: len(source.indices(split)) for split in ("train", "val", "test")},
             "questions": {split: len(source.question_indices(split)) for split in ("train", "val", "test")},
-            "columns": source.columns}  # fmt: skip
+            "columns": source.columns, "example_questions": example_questions(source)}  # fmt: skip
+
+
+def example_questions(source: Source, most: int = 12) -> list[str]:
+    """The most frequent wording of each kind of question, for a person who does not know what to ask."""
+    asked: dict[str, Counter[str]] = {}
+    for index in source.question_indices("train")[:20_000]:
+        question = source.question(int(index))
+        asked.setdefault(question.kind, Counter())[question.question] += 1
+    return [wordings.most_common(1)[0][0] for wordings in sorted(asked.values(), key=lambda w: -w.total())[:most]]
 
 
 def train_seconds(log: Path) -> float:
@@ -292,19 +301,23 @@ def finish(out: Path, settings: Settings, learner: Learner, processor: Processor
     import shutil
 
     from interlace.card import model_card, plot_losses
-    from interlace.evaluate import evaluate, fit_temperature
+    from interlace.evaluate import evaluate, fit_match_weight, fit_temperature
 
     answers = next((o.answers for o, _ in objectives if o.name == "vqa"), [])  # type: ignore[attr-defined]
     facts = {"name": out.name, "steps": trainer.state.global_step, "train_seconds": train_seconds(out / LOG),
+             "parameters": sum(p.numel() for p in learner.parameters()),
+             "trained": sum(p.numel() for p in learner.parameters() if p.requires_grad),
              "skipped": len(trainer.skipped), "data": source.name, "data_fingerprint": source.fingerprint}  # fmt: skip
     if trainer.skipped:
         lines = [json.dumps({"id": row, "reason": why}) for row, why in trainer.skipped.items()]
         (out / "skipped.jsonl").write_text("\n".join(lines) + "\n")
         print(f"{len(lines)} pictures could not be read and were skipped: {out / 'skipped.jsonl'}")
     plot_losses(out / LOG, out / "loss.png")
-    run = Run(out, learner, processor, answers, 1.0, {"fingerprint": ""})
+    run = Run(out, learner, processor, answers, 1.0, {"fingerprint": "", **facts})
     if answers and len(source.question_indices("val")):
         run.temperature = fit_temperature(run, source)
+    if run.can_match and run.dim and len(source.indices("val")) > 1:
+        run.facts["match_weight"] = facts["match_weight"] = fit_match_weight(run, source)
     if settings.train.evaluate:
         metrics = evaluate(run, source, "val")
         write_json(out / "metrics.json", metrics)

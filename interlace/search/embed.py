@@ -31,6 +31,10 @@ class Encoder(Protocol):
     def dim(self) -> int: ...
     @property
     def can_match(self) -> bool: ...
+    @property
+    def match_weight(self) -> float: ...  # of the match logit beside the cosine; 0: matching does not help this run
+    @property
+    def picture_size(self) -> int: ...  # side in pixels of the pictures the model sees
     def encode_texts(self, texts: list[str]) -> np.ndarray: ...  # (N, D) float32, unit length
     def encode_pictures(self, pictures: list[Image.Image]) -> np.ndarray: ...  # (N, D) float32, unit length
     def match(self, text: str, pictures: list[Image.Image]) -> np.ndarray: ...  # (N,) probabilities

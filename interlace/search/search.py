@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ Mode = Literal["vector", "text", "hybrid"]
 MAX_TEXT = 2_000  # characters: some 400 words, several times what a text encoder reads; more is a pasted document
 MAX_K = 1_000
 RERANK = 50  # at least this many candidates are re-ranked
+THUMBNAIL_SERVES = 224  # pixels; thumbnails are 256 on their longer side
 UNLIKELY = 0.2  # when even the best re-ranked hit has a lower probability, nothing was found
 RRF = 60  # the constant of reciprocal rank fusion; Cormack, Clarke & Buettcher, SIGIR 2009
 
@@ -82,8 +84,9 @@ def search(
             both unit vectors.
         mode: "vector" ranks by cosine; "text" by the words in name and caption (BM25); "hybrid" fuses both rankings by
             reciprocal rank.
-        rerank: order the best max(k, 50) by the probability, from the run's matching head, that text and picture belong
-            together; cosine decides ties. None: when there is a text and the run can.
+        rerank: order the best max(k, 50) by cosine + w * logit(p), p being the matching head's probability that text and
+            picture belong together and w the weight that served best on the run's validation split. None: when there is
+            a text, the run can, and w is not 0.
 
     Raises UserError: nothing to search for, a text over 2,000 characters, `k`, `weight` or `mode` out of range, a
     filter that does not parse, an unknown `like`, a picture that cannot be read, another run than the index's.
@@ -99,14 +102,15 @@ def search(
 
     query = _query(index, run, text, picture, like, weight)
     wanted = k + (like is not None)
-    reranks = bool(text) and run.can_match if rerank is None else rerank
+    reranks = bool(text) and run.can_match and run.match_weight > 0 if rerank is None else rerank
     candidates = max(wanted, RERANK) if reranks or mode == "hybrid" else wanted
     hits = _candidates(index, query, text, tree, candidates, mode)
     hits = [hit for hit in hits if hit.id != like]
     if reranks and text:
         _match(index, run, text, hits)
-        hits.sort(key=lambda hit: (hit.match if hit.match is not None else -1.0, hit.score), reverse=True)
-    result = _judged(index, hits[:k], text, picture is not None or like is not None, weight, mode, tree, total)
+        hits.sort(key=lambda hit: (hit.match is not None, hit.score + run.match_weight * _logit(hit.match)), reverse=True)
+    trusted = run.match_weight > 0
+    result = _judged(index, hits[:k], text, picture is not None or like is not None, weight, mode, tree, total, trusted)
     result.seconds = time.perf_counter() - started
     return result
 
@@ -195,9 +199,12 @@ def _hit(item: Item, score: float) -> Hit:
 
 
 def _match(index: Index, run: Encoder, text: str, hits: list[Hit]) -> None:
-    """Fills in `match`. An original that has moved is replaced by its thumbnail; without either, a hit goes last."""
+    """Fills in `match`. The index's thumbnail serves where it is as large as what the model sees; else the original, or
+    the thumbnail again when the original has moved. Without either, a hit goes last."""
 
     def pixels(hit: Hit) -> Image.Image | None:
+        if run.picture_size <= THUMBNAIL_SERVES and (item := index.get(hit.id)) and item.thumbnail:
+            return open_picture(item.thumbnail)
         try:
             return open_picture(hit.picture, size_hint=SIZE_HINT)
         except (BadPicture, OSError):
@@ -211,9 +218,14 @@ def _match(index: Index, run: Encoder, text: str, hits: list[Hit]) -> None:
             hit.match = float(probability)
 
 
+def _logit(probability: float | None) -> float:
+    p = min(max(probability if probability is not None else 0.5, 1e-6), 1 - 1e-6)
+    return math.log(p / (1 - p))
+
+
 def _judged(
     index: Index, hits: list[Hit], text: str | None, with_picture: bool, weight: float, mode: Mode,
-    tree: Filter | None, total: int,
+    tree: Filter | None, total: int, trusted: bool,
 ) -> Result:  # fmt: skip
     """The hits with an honest sentence: by the matching head where it ran, else by the calibrated cosine."""
     among = f" among the {total:,} that pass the filter" if tree is not None else ""
@@ -224,7 +236,8 @@ def _judged(
             )
         return Result([], f"There is nothing else{among}.", True)
     nearest = max(hit.score for hit in hits)
-    probable = max((hit.match for hit in hits if hit.match is not None), default=None)
+    # a head that validation gave no weight has no say in whether anything was found either
+    probable = max((hit.match for hit in hits if hit.match is not None and trusted), default=None)
     if probable is not None and probable < UNLIKELY:
         chance = f"the most probable one has {probable:.0%}"
         return Result(hits, f"Nothing{among} seems to show this; {chance}. These are the nearest.", True)

@@ -78,6 +78,8 @@ class Shapes:
     fingerprint = "shapes"
     dim = 12
     can_match = can_answer = True
+    match_weight = 1e4
+    picture_size = 64
     answers = [*COLOURS, *SHAPES, "yes", "no"]  # noqa: RUF012
 
     def __init__(self, folder: Path) -> None:

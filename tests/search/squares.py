@@ -33,6 +33,8 @@ class ColourEncoder:
 
     dim = 64
     can_match = False
+    match_weight = 0.0
+    picture_size = 16
 
     def __init__(self, folder: Path, seed: int = 0):
         self.folder = folder
@@ -72,6 +74,7 @@ class ColourEncoder:
 
 class MatchingEncoder(ColourEncoder):
     can_match = True
+    match_weight = 1e4  # its matching decides, as where validation found it reliable
 
 
 class ListSource:

@@ -214,3 +214,15 @@ def test_results_are_printed_and_written(world):
     assert again["hits"][0]["picture"]["path"] == result[0].picture.path
     print_hits(search(index, run, text="red", where="room = kitchen"), console)
     assert "Did you mean" in console.export_text()
+
+
+def test_matching_that_did_not_help_on_validation_has_no_say_unless_asked(world):
+    index, plain, _ = world
+
+    class Untrusted(MatchingEncoder):
+        match_weight = 0.0
+
+    run = Untrusted(plain.folder)
+    assert all(hit.match is None for hit in search(index, run, text="red", k=5))
+    asked, plain_order = search(index, run, text="red", k=5, rerank=True), search(index, run, text="red", k=5, rerank=False)
+    assert all(hit.match is not None for hit in asked) and [h.id for h in asked] == [h.id for h in plain_order]
