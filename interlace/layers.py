@@ -7,6 +7,7 @@ preset's file; importing the file is enough, since a subclass of `Layer` is know
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,8 +18,12 @@ from torch.nn import functional as F
 from interlace.errors import UserError, suggest
 from interlace.streams import Sight, Streams, Visibility
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}  # fmt: skip
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
 @dataclass

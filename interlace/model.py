@@ -172,16 +172,13 @@ class VLModel(PreTrainedModel):
     def _alone(self) -> int:
         return self.fusion_depth if self.fuses else len(self.schedule.layers())
 
-    def fuse(self, text: Half, image: Half, see: Visibility | None = None) -> VLOutput:
-        """From the halves to the end of the schedule. With late fusion nothing is left to do."""
-        see = everyone(text.mask, image.mask) if see is None else see
-        streams = self.schedule.run(Streams(text.states, image.states), see, start=self._alone)
-        return VLOutput(
-            streams.text,
-            streams.image,
-            self.pooled(streams.text, text.mask, "text"),
-            self.pooled(streams.image, image.mask, "image"),
-        )
+    def fuse(self, text: Half | None, image: Half | None, see: Visibility | None = None) -> VLOutput:
+        """From the halves to the end of the schedule. With late fusion nothing is left to do. A half may be absent."""
+        masks = None if text is None else text.mask, None if image is None else image.mask
+        states = Streams(None if text is None else text.states, None if image is None else image.states)
+        streams = self.schedule.run(states, everyone(*masks) if see is None else see, start=self._alone)
+        pooled = self.pooled(streams.text, masks[0], "text"), self.pooled(streams.image, masks[1], "image")
+        return VLOutput(streams.text, streams.image, *pooled)
 
     def pooled(self, states: Tensor | None, mask: Tensor | None, stream: str) -> Tensor | None:
         """(B, L, D) -> (B, D), as the stream's embedder says; None for a stream that is not there."""

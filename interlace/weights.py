@@ -156,6 +156,18 @@ def _line(name: str, keys: Keys) -> Line | None:
     return None if best is None else best[1]
 
 
+def bert_layer(theirs: str, ours: str) -> dict[str, str]:
+    """The lines of one layer in BERT's names, which most releases kept: `theirs` ends before `.attention`."""
+    return {
+        f"{theirs}.attention.self": f"{ours}.attend",  # query, key, value
+        f"{theirs}.attention.output.dense": f"{ours}.attend.out",
+        f"{theirs}.attention.output.LayerNorm": f"{ours}.attend.norm",
+        f"{theirs}.intermediate.dense": f"{ours}.ffn.up",
+        f"{theirs}.output.dense": f"{ours}.ffn.down",
+        f"{theirs}.output.LayerNorm": f"{ours}.ffn.norm",
+    }
+
+
 # --------------------------------------------------------------------------------------------------- whole checkpoints
 
 
@@ -214,13 +226,16 @@ def save_foreign(model: nn.Module, keys: Keys, prefix: str = "") -> dict[str, Te
     """
     state = model.state_dict()
     out, touched = dict[str, Tensor](), set[str]()
-    for theirs, target in keys.items():
-        first = _names(target)[:1]
-        for ours in state if first else ():
-            found = _read(first[0], ours)
-            line = None if found is None else _line(_write(theirs, *found), keys)
-            # a shorter line may fit the same tensor: only the one that would be read is written
-            if line is None or line.theirs != theirs or any(name not in state for name in line.ours):
+    firsts = [(theirs, _names(target)[0]) for theirs, target in keys.items() if target is not None]
+    for ours in state:
+        fits = [(theirs, first, *found) for theirs, first in firsts if (found := _read(first, ours)) is not None]
+        # of lines that name modules the longest speaks; lines that name the very tensor are further names of it
+        longest = max((len(first) for _, first, _, below in fits if below), default=0)
+        for theirs, first, index, below in fits:
+            line = _line(_write(theirs, index, below), keys)
+            if (below and len(first) < longest) or line is None or line.theirs != theirs:
+                continue
+            if any(name not in state for name in line.ours):
                 continue
             name = prefix + _write(theirs, line.index, line.below)
             out[name] = line.save([state[ours] for ours in line.ours]).contiguous()

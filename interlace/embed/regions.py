@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from interlace.embed.base import Embedder
+from interlace.embed.words import WordEmbedding
 from interlace.errors import UserError
 
 
@@ -16,6 +18,9 @@ class Regions(NamedTuple):
 
     features: Tensor  # (B, I, F), of the detector's last pooled layer
     boxes: Tensor  # (B, I, P), corners in parts of the picture, 0 to 1: x1, y1, x2, y2, and what else the paper adds
+    hidden: Tensor | None = None  # (B, I) bool, True = to be guessed: the model must not see this feature
+    types: Tensor | None = None  # (B, I), which picture a region is from, where a model takes two
+    words: Tensor | None = None  # (B, I, A), positions of the words that name a region, -1 = none
 
 
 @dataclass
@@ -84,3 +89,48 @@ class NormOfSum(nn.Module):
         """Features (B, I, F), boxes (B, I, 5) -> (B, I, D)."""
         self.spec.check(regions)
         return self.dropout(self.norm(self.features(regions.features) + self.boxes(regions.boxes)))
+
+
+@dataclass
+class UNITERRegions(RegionEmbedder):
+    """Normed feature + normed box + type, normed again. The seven box numbers are the corners, width, height, area;
+    words and regions share one table of types, in which regions have row 1. Chen et al. 2020 (arXiv:1909.11740),
+    section 3.1."""
+
+    boxes: int = 7
+    name = "uniter_regions"
+
+    def build(self) -> nn.Module:
+        return NormOfNorms(self)
+
+
+def seven(boxes: Tensor) -> Tensor:
+    """Corners (..., 4) in parts of the picture -> UNITER's (..., 7): corners, width, height, area."""
+    sides = boxes[..., 2:] - boxes[..., :2]
+    return torch.cat([boxes, sides, sides.prod(-1, keepdim=True)], -1)
+
+
+class NormOfNorms(nn.Module):
+    reads_words = True
+
+    def __init__(self, spec: UNITERRegions):
+        super().__init__()
+        size, self.spec = spec.width.size, spec
+        self.features, self.boxes = nn.Linear(spec.features, size), nn.Linear(spec.boxes, size)
+        self.norm_features = nn.LayerNorm(size, eps=spec.width.eps)
+        self.norm_boxes = nn.LayerNorm(size, eps=spec.width.eps)
+        self.hidden = nn.Embedding(2, spec.features, padding_idx=0)  # row 1 stands for a hidden feature
+        self.norm = nn.LayerNorm(size, eps=spec.width.eps)
+        self.dropout = nn.Dropout(spec.width.dropout)
+
+    def forward(self, regions: Regions, words: WordEmbedding) -> Tensor:
+        """Features (B, I, F), boxes (B, I, 7) -> (B, I, D). A hidden region's feature is replaced before it is
+        projected."""
+        self.spec.check(regions)
+        features = regions.features
+        if regions.hidden is not None:
+            features = torch.where(regions.hidden.unsqueeze(-1), self.hidden.weight[1], features)
+        assert words.types is not None
+        types = words.types.weight[1] if regions.types is None else words.types(regions.types)
+        x = self.norm_features(self.features(features)) + self.norm_boxes(self.boxes(regions.boxes)) + types
+        return self.dropout(self.norm(x))

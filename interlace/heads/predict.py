@@ -43,7 +43,8 @@ class Transformed(OneStream):
                  activation: str = "gelu", eps: float = 1e-12, dropout: float = 0.0):  # fmt: skip
         super().__init__(text, image, stream)
         hidden = hidden or self.size
-        self.dense, self.activation = nn.Linear(self.size, hidden), ACTIVATIONS[activation]
+        self.dense = nn.Linear(self.size, hidden)
+        self.activation = ACTIVATIONS[activation]
         self.norm, self.dropout = nn.LayerNorm(hidden, eps=eps), nn.Dropout(dropout)
         self.out = nn.Linear(hidden, labels)
 
@@ -59,7 +60,8 @@ class Tied(OneStream):
     def __init__(self, text: int, image: int, labels: int, stream: str = "text", activation: str = "gelu",
                  eps: float = 1e-12):  # fmt: skip
         super().__init__(text, image, stream)
-        self.dense, self.activation = nn.Linear(self.size, self.size), ACTIVATIONS[activation]
+        self.dense = nn.Linear(self.size, self.size)
+        self.activation = ACTIVATIONS[activation]
         self.norm = nn.LayerNorm(self.size, eps=eps)
         self.bias = nn.Parameter(torch.zeros(labels))
 

@@ -1,0 +1,48 @@
+"""Word-region alignment: the cheapest way to carry a text's words onto a picture's regions, small for a true pair.
+
+UNITER (Chen et al. 2020, arXiv:1909.11740), section 3.2; the transport is approximated by IPOT (Xie et al. 2018,
+arXiv:1802.04307, algorithm 1). Masks here are 1 = real, as everywhere; [CLS] and [SEP] count as words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PADDING = 1e4  # a divisor that leaves padding with next to no mass
+SMALLEST = 1e-5  # a state shorter than this counts as this long
+
+
+def cosine_cost(text: Tensor, image: Tensor, text_mask: Tensor, image_mask: Tensor) -> Tensor:
+    """(B, T, D), (B, I, D), masks (B, T), (B, I) -> 1 - cosine (B, T, I), 0 at padding."""
+    words, regions = F.normalize(text, dim=-1, eps=SMALLEST), F.normalize(image, dim=-1, eps=SMALLEST)
+    cost = 1 - words @ regions.transpose(1, 2)
+    return cost * (text_mask.bool().unsqueeze(2) & image_mask.bool().unsqueeze(1))
+
+
+@torch.no_grad()
+def transport_plan(cost: Tensor, text_mask: Tensor, image_mask: Tensor, beta: float = 0.5, steps: int = 50) -> Tensor:
+    """Cost (B, T, I) -> plan (B, I, T); its sums converge to 1/words and 1/regions."""
+    text_mask, image_mask = text_mask.to(cost), image_mask.to(cost)
+    words, regions = text_mask.sum(1, keepdim=True), image_mask.sum(1, keepdim=True)  # (B, 1)
+    real = image_mask.unsqueeze(2) * text_mask.unsqueeze(1)  # (B, I, T)
+    kernel = torch.exp(-cost.transpose(1, 2) / beta) * real
+    plan, sigma = real, text_mask / words  # (B, I, T), (B, T)
+    for _ in range(steps):
+        q = kernel * plan
+        delta = 1 / (regions * (q @ sigma.unsqueeze(2)).squeeze(2) + PADDING * (1 - image_mask))  # (B, I)
+        sigma = 1 / (words * (q.transpose(1, 2) @ delta.unsqueeze(2)).squeeze(2) + PADDING * (1 - text_mask))  # (B, T)
+        plan = delta.unsqueeze(2) * q * sigma.unsqueeze(1)
+    return plan * real
+
+
+def transport_distance(text: Tensor, image: Tensor, text_mask: Tensor, image_mask: Tensor) -> Tensor:
+    """(B, T, D), (B, I, D) -> (B,), in float32. The gradient flows through the cost, not through the plan."""
+    cost = cosine_cost(text.float(), image.float(), text_mask, image_mask)
+    return (cost * transport_plan(cost.detach(), text_mask, image_mask).transpose(1, 2)).sum((1, 2))
+
+
+def alignment_loss(distance: Tensor, matched: Tensor) -> Tensor:
+    """(B,), (B,) 1 = a true pair -> scalar: true pairs are drawn together, wrong ones pushed apart."""
+    return torch.where(matched.bool(), distance, -distance).mean()
