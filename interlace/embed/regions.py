@@ -31,6 +31,12 @@ class RegionEmbedder(Embedder):
     boxes: int = 4
     stream = "image"
 
+    def seen(self, regions: Regions) -> Tensor:
+        """Checked features (B, I, F), zero where they are to be guessed."""
+        self.check(regions)
+        features, hidden = regions.features, regions.hidden
+        return features if hidden is None else features.masked_fill(hidden.unsqueeze(-1), 0)
+
     def check(self, regions: Regions) -> None:
         """Raises UserError when features or boxes have other sizes than the model."""
         got = (regions.features.shape[-1], regions.boxes.shape[-1])
@@ -41,7 +47,7 @@ class RegionEmbedder(Embedder):
 
 @dataclass
 class LXMERTRegions(RegionEmbedder):
-    """The mean of the normed feature and the normed box. Tan & Bansal 2019 (arXiv:1908.07490), equation 1."""
+    """The mean of the normed feature and the normed box. Tan & Bansal 2019 (arXiv:1908.07490), section 2.1."""
 
     name = "lxmert_regions"
 
@@ -60,8 +66,7 @@ class MeanOfNorms(nn.Module):
 
     def forward(self, regions: Regions) -> Tensor:
         """Features (B, I, F), boxes (B, I, 4) -> (B, I, D). The norms stand before the mean, none after it."""
-        self.spec.check(regions)
-        features = self.norm_features(self.features(regions.features))
+        features = self.norm_features(self.features(self.spec.seen(regions)))
         return self.dropout((features + self.norm_boxes(self.boxes(regions.boxes))) / 2)
 
 
@@ -87,8 +92,7 @@ class NormOfSum(nn.Module):
 
     def forward(self, regions: Regions) -> Tensor:
         """Features (B, I, F), boxes (B, I, 5) -> (B, I, D)."""
-        self.spec.check(regions)
-        return self.dropout(self.norm(self.features(regions.features) + self.boxes(regions.boxes)))
+        return self.dropout(self.norm(self.features(self.spec.seen(regions)) + self.boxes(regions.boxes)))
 
 
 @dataclass

@@ -1,0 +1,145 @@
+"""LXMERT (Tan & Bansal 2019, arXiv:1908.07490), figure 1: two encoders, then a cross-modality encoder.
+
+The release (github.com/airsplay/lxmert) and transformers' classes agree to rounding, except:
+- transformers weighs the visual losses with 6.67 (`visual_loss_normalizer`), the release and we with 1 / 0.15;
+- what is not scored is labelled -1 in the release, -100 in transformers and here; a batch without a scored answer is
+  NaN in both, 0 here;
+- transformers' hidden states leave out the embeddings, and its VQA class fine-tunes with cross-entropy, where the
+  release and we take the binary one.
+Position 0 and type 0 get no gradient in both (`padding_idx`); here they learn. The release never hides a region, since
+it always has 36; a mask of regions hides padding here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from interlace.config import VLConfig
+from interlace.embed.regions import LXMERTRegions
+from interlace.embed.words import Words
+from interlace.heads import HEADS
+from interlace.layers import BOTH, IMAGE, TEXT, Width, co
+from interlace.weights import bert_layer
+
+
+class RegionLabels(nn.Module):
+    """What is in a region: its object, its attribute, its feature. One transform, three linears."""
+
+    def __init__(self, text: int, image: int, objects: int, attributes: int, features: int):
+        super().__init__()
+        self.dense, self.activation = nn.Linear(image, image), nn.GELU()
+        self.norm = nn.LayerNorm(image, eps=1e-12)
+        self.objects, self.attributes = nn.Linear(image, objects), nn.Linear(image, attributes)
+        self.features = nn.Linear(image, features)
+
+    def forward(self, states: Tensor) -> dict[str, Tensor]:  # (B, I, D) -> three times (B, I, labels)
+        x = self.norm(self.activation(self.dense(states)))
+        return {"objects": self.objects(x), "attributes": self.attributes(x), "features": self.features(x)}
+
+
+HEADS["region_labels"] = RegionLabels
+
+
+def lxmert(text: Words | None = None, image: LXMERTRegions | None = None, layers: tuple[int, int, int] = (9, 5, 5),
+           objects: int = 1600, attributes: int = 400, answers: int = 9500, **changes: Any) -> VLConfig:  # fmt: skip
+    """Base, the one size of the paper. `layers`: of the three encoders; then the label counts of the heads."""
+    text = text or Words(Width(768, heads=12), pool="tanh")
+    image = image or LXMERTRegions(Width(768, heads=12))
+    language, regions, cross = layers
+    return VLConfig(**{
+        "text": text,
+        "image": image,
+        "segments": {
+            "language": [TEXT] * language,
+            "objects": [IMAGE] * regions,
+            "cross": [co(tied=True, ffn=False), BOTH] * cross,  # one attention reads both ways, then each its own
+        },
+        "heads": {
+            "mlm": {"kind": "tied", "labels": text.vocabulary},
+            "regions": {"kind": "region_labels", "objects": objects, "attributes": attributes,
+                        "features": image.features},
+            "match": {"kind": "linear", "labels": 2},  # 1 = match
+            "answers": {"kind": "transformed", "labels": answers, "hidden": 2 * text.width.size},
+        },
+        **changes,
+    })  # fmt: skip
+
+
+def lxmert_vqa(answers: int = 3129, **changes: Any) -> VLConfig:
+    """As fine-tuned for VQA v2 (GQA: 1842 answers): the pre-training's answer head, with that task's answers, alone."""
+    config = lxmert(answers=answers, **changes)
+    config.heads = {"answers": config.heads["answers"]}
+    return config
+
+
+def tiny(**changes: Any) -> VLConfig:
+    width = Width(32, heads=4)
+    words = Words(width, pool="tanh", vocabulary=99, positions=24)
+    return lxmert(words, LXMERTRegions(width, features=20), (2, 1, 2), objects=7, attributes=5, answers=11, **changes)
+
+
+# Section 3: all summed in one forward. A mismatched pair scores all but the answer; the paper asks questions in the
+# second half of the epochs, the release in all of them. Of hidden regions 80% become zero, 10% a region of any picture.
+PRETRAIN = [
+    {"mlm": {"mask": 0.15}, "region_labels": {"mask": 0.15}, "itm": {"negatives": "drawn"}, "answers": {}},
+]
+
+
+def _half(stream: str, theirs: str) -> dict[str, str]:
+    """One stream's own block in a cross-modality layer."""
+    at, ours = f"{_CROSS}.{theirs}", f"schedule.cross.{{2n+1}}.{stream}"
+    return {
+        f"{at}_self_att.self": f"{ours}.attend",
+        f"{at}_self_att.output.dense": f"{ours}.attend.out",
+        f"{at}_self_att.output.LayerNorm": f"{ours}.attend.norm",
+        f"{at}_inter.dense": f"{ours}.ffn.up",
+        f"{at}_output.dense": f"{ours}.ffn.down",
+        f"{at}_output.LayerNorm": f"{ours}.ffn.norm",
+    }
+
+
+_CROSS = "encoder.x_layers.{n}"
+_BODY = {
+    "embeddings.word_embeddings": "text.words",
+    "embeddings.position_embeddings": "text.positions",
+    "embeddings.token_type_embeddings": "text.types",
+    "embeddings.LayerNorm": "text.norm",
+    "encoder.visn_fc.visn_fc": "image.features",
+    "encoder.visn_fc.visn_layer_norm": "image.norm_features",
+    "encoder.visn_fc.box_fc": "image.boxes",
+    "encoder.visn_fc.box_layer_norm": "image.norm_boxes",
+    **bert_layer("encoder.layer.{n}", "schedule.language.{n}"),
+    **bert_layer("encoder.r_layers.{n}", "schedule.objects.{n}"),
+    f"{_CROSS}.visual_attention.att": "schedule.cross.{2n}.attend",  # one weight, both directions
+    f"{_CROSS}.visual_attention.output.dense": "schedule.cross.{2n}.attend.out",
+    f"{_CROSS}.visual_attention.output.LayerNorm": "schedule.cross.{2n}.attend.norm",
+    **_half("text", "lang"),
+    **_half("image", "visn"),
+    "pooler.dense": "poolers.text.dense",
+}
+
+
+def _answers(theirs: str) -> dict[str, str]:
+    return {f"{theirs}logit_fc.0": "heads.answers.dense", f"{theirs}logit_fc.2": "heads.answers.norm",
+            f"{theirs}logit_fc.3": "heads.answers.out"}  # fmt: skip
+
+
+_HEADS = {
+    "cls.predictions.transform.dense": "heads.mlm.dense",
+    "cls.predictions.transform.LayerNorm": "heads.mlm.norm",
+    "cls.predictions.decoder.weight": "text.words.weight",  # tied
+    "cls.predictions.bias": "heads.mlm.bias",
+    "cls.seq_relationship": "heads.match.out",
+    "obj_predict_head.transform.dense": "heads.regions.dense",
+    "obj_predict_head.transform.LayerNorm": "heads.regions.norm",
+    "obj_predict_head.decoder_dict.obj": "heads.regions.objects",
+    "obj_predict_head.decoder_dict.attr": "heads.regions.attributes",
+    "obj_predict_head.decoder_dict.feat": "heads.regions.features",
+    **_answers("answer_head."),
+}
+
+KEYS = {f"bert.{theirs}": ours for theirs, ours in _BODY.items()} | _HEADS  # *_LXRT.pth
+HF_KEYS = {f"lxmert.{theirs}": ours for theirs, ours in _BODY.items()} | _HEADS  # LxmertForPreTraining, ...Answering
+VQA_KEYS = {f"lxrt_encoder.model.bert.{theirs}": ours for theirs, ours in _BODY.items()} | _answers("")  # fine-tuned
