@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from interlace.decoder import Decoder
 from interlace.embed.base import Embedder, embedder_from_dict
 from interlace.embed.patches import Patches
-from interlace.embed.regions import LXMERTRegions, UNITERRegions, ViLBERTRegions  # noqa: F401  as below
+from interlace.embed.regions import LXMERTRegions  # noqa: F401  imports every merge of regions, as below
 from interlace.embed.stem import ImageStem, TextStem  # noqa: F401  named here so that config.json finds them
 from interlace.embed.words import Words
 from interlace.errors import UserError

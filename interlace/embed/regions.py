@@ -17,7 +17,8 @@ class Regions(NamedTuple):
     """What a region model is given where others are given pixels."""
 
     features: Tensor  # (B, I, F), of the detector's last pooled layer
-    boxes: Tensor  # (B, I, P), corners in parts of the picture, 0 to 1: x1, y1, x2, y2, and what else the paper adds
+    # (B, I, P), corners in parts of the picture, 0 to 1: x1, y1, x2, y2, and more or none as the paper has it
+    boxes: Tensor | None
     hidden: Tensor | None = None  # (B, I) bool, True = to be guessed: the model must not see this feature
     types: Tensor | None = None  # (B, I), which picture a region is from, where a model takes two
     words: Tensor | None = None  # (B, I, A), positions of the words that name a region, -1 = none
@@ -39,7 +40,7 @@ class RegionEmbedder(Embedder):
 
     def check(self, regions: Regions) -> None:
         """Raises UserError when features or boxes have other sizes than the model."""
-        got = (regions.features.shape[-1], regions.boxes.shape[-1])
+        got = (regions.features.shape[-1], 0 if regions.boxes is None else regions.boxes.shape[-1])
         if got != (self.features, self.boxes):
             raise UserError(f"the model reads {self.features} features and {self.boxes} box numbers per region, got "
                             f"{got[0]} and {got[1]}: use features of the detector it was trained with.")  # fmt: skip
@@ -138,3 +139,38 @@ class NormOfNorms(nn.Module):
         types = words.types.weight[1] if regions.types is None else words.types(regions.types)
         x = self.norm_features(self.features(features)) + self.norm_boxes(self.boxes(regions.boxes)) + types
         return self.dropout(self.norm(x))
+
+
+@dataclass
+class VisualBERTRegions(RegionEmbedder):
+    """Feature + position + type, through the words' own norm; no boxes. Every region has position 0 of a table of its
+    own, and one that words name adds the mean of their positions in the words' table. Li et al. 2019
+    (arXiv:1908.03557), section 3.2."""
+
+    boxes: int = 0
+    positions: int = 512
+    types: int = 2
+    name = "visual_bert_regions"
+
+    def build(self) -> nn.Module:
+        return SumAsWords(self)
+
+
+class SumAsWords(nn.Module):
+    reads_words = True
+
+    def __init__(self, spec: VisualBERTRegions):
+        super().__init__()
+        size, self.spec = spec.width.size, spec
+        self.features = nn.Linear(spec.features, size)
+        self.positions, self.types = nn.Embedding(spec.positions, size), nn.Embedding(spec.types, size)
+
+    def forward(self, regions: Regions, words: WordEmbedding) -> Tensor:
+        """Features (B, I, F) -> (B, I, D)."""
+        x = self.features(self.spec.seen(regions)) + self.positions.weight[0]
+        x = x + (self.types.weight[0] if regions.types is None else self.types(regions.types))
+        if regions.words is not None:
+            named = (regions.words >= 0).unsqueeze(-1)  # (B, I, A, 1)
+            places = words.positions(regions.words.clamp(min=0)) * named  # (B, I, A, D)
+            x = x + places.sum(2) / named.sum(2).clamp(min=1)
+        return words.dropout(words.norm(x))
