@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from interlace.decoder import Decoder
 from interlace.embed.base import Embedder, embedder_from_dict
 from interlace.embed.patches import Patches
 from interlace.embed.regions import LXMERTRegions  # noqa: F401  imports every merge of regions, as below
