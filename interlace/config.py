@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from interlace.decoder import Decoder
 from interlace.embed.base import Embedder, embedder_from_dict
 from interlace.embed.patches import Patches
 from interlace.embed.regions import LXMERTRegions  # noqa: F401  imports every merge of regions, as below
@@ -21,7 +22,8 @@ def _kinds(given: list) -> list[Kind]:
 
 
 class VLConfig(PreTrainedConfig):
-    """`text`, `image`: embedders. `segments`: the boxes of the paper's figure. `heads`: name -> options.
+    """`text`, `image`: embedders. `segments`: the boxes of the paper's figure. `heads`: name -> options. `writes`: a
+    decoder over the final states, if the model has one.
 
     >>> VLConfig(text=Words(Width(768)), image=Patches(Width(768)), segments={"joint": [JOINT] * 12})
     >>> VLConfig(text=Words(Width(768)), image=Patches(Width(768)), fusion="mid", streams="dual", layers=6)
@@ -38,6 +40,7 @@ class VLConfig(PreTrainedConfig):
         streams: str | None = None,
         layers: int | None = None,
         heads: dict[str, dict[str, Any]] | None = None,
+        writes: Decoder | dict | None = None,
         **kwargs: Any,
     ):
         # transformers builds every config once without arguments to learn its defaults; so there must be some
@@ -56,6 +59,7 @@ class VLConfig(PreTrainedConfig):
         pairs = segments.items() if isinstance(segments, dict) else segments
         self.segments: Segments = {name: _kinds(kinds) for name, kinds in pairs}
         self.heads: dict[str, dict[str, Any]] = heads or {}
+        self.writes = Decoder(**writes) if isinstance(writes, dict) else writes
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 
@@ -64,6 +68,7 @@ class VLConfig(PreTrainedConfig):
         plain["text"], plain["image"] = self.text.to_dict(), self.image.to_dict()
         # a list, since config.json is written with sorted keys and the order of the segments is the model
         plain["segments"] = [[n, [{"name": k.name, "options": dict(k.options)} for k in ks]] for n, ks in self.segments.items()]
+        plain["writes"] = None if self.writes is None else self.writes.to_dict()
         return plain
 
     def describe(self) -> str:

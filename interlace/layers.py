@@ -74,9 +74,13 @@ class Attend(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, D/H)
 
+    def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.key(context)), self.split(self.value(context))
+
     def read(self, x: Tensor, context: Tensor, see: Sight | None) -> Tensor:
         """(B, Q, D), (B, K, C) -> (B, Q, D): what the queries read, before residual and norm."""
-        query, key, value = self.split(self.query(x)), self.split(self.key(context)), self.split(self.value(context))
+        query = self.split(self.query(x))
+        key, value = self.keys(context) if see is None or see.memory is None else see.memory(self, context)
         drop = self.attention_dropout if self.training else 0.0
         mask = None if see is None else see.mask
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=drop)  # (B, H, Q, D/H)
@@ -139,10 +143,12 @@ class Kind:
 
 
 class Layer(nn.Module):
-    """A kind of layer. Subclasses set `kind` and `crosses` (do the streams meet here?) and write `forward`."""
+    """A kind of layer. Subclasses set `kind`, `crosses` (do the streams meet here?) and, where it is not both,
+    `changes` (which streams leave it other than they came), and write `forward`."""
 
     kind: ClassVar[str] = ""
     crosses: ClassVar[bool] = False
+    changes: tuple[str, ...] = ("text", "image")
     kinds: ClassVar[dict[str, type[Layer]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -171,6 +177,7 @@ class Text(Layer):
     """The text attends to itself; the image passes."""
 
     kind = "text"
+    changes = ("text",)
 
     def __init__(self, text: Width, image: Width):
         super().__init__(text, image)
@@ -186,6 +193,7 @@ class Image(Layer):
     """The image attends to itself; the text passes."""
 
     kind = "image"
+    changes = ("image",)
 
     def __init__(self, text: Width, image: Width):
         super().__init__(text, image)
@@ -295,6 +303,7 @@ class Read(Layer):
 
     kind = "read"
     crosses = True
+    changes = ("text",)
 
     def __init__(self, text: Width, image: Width):
         super().__init__(text, image)
@@ -317,6 +326,7 @@ class Norm(Layer):
     def __init__(self, text: Width, image: Width, shared: bool = False, stream: str = "both"):
         super().__init__(text, image)
         self.shared = shared
+        self.changes = ("text", "image") if shared or stream == "both" else (stream,)
         if shared:
             _one_width(text, image, "norm(shared)")
             self.norm = nn.LayerNorm(text.size, eps=text.eps)

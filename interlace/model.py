@@ -11,6 +11,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from interlace.config import VLConfig
+from interlace.decoder import TextDecoder
 from interlace.embed.base import Pooler, pool
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
@@ -79,6 +80,9 @@ class VLModel(PreTrainedModel):
         trained = {stream: spec for stream, spec in specs.items() if spec.pool in ("tanh", "relu")}
         self.poolers = nn.ModuleDict({stream: Pooler(s.width, s.pool, s.pool_size) for stream, s in trained.items()})
         self.heads = nn.ModuleDict({name: build_head(name, o, *widths) for name, o in config.heads.items()})
+        self.decoder = None
+        if config.writes is not None:
+            self.decoder = TextDecoder(config.writes, config.text, specs[config.writes.context].width, self)
         spec = config.image
         if hasattr(spec, "mean"):
             self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(3, 1, 1))
@@ -207,17 +211,18 @@ class VLModel(PreTrainedModel):
         """A stream's vector in the contrast space without the other stream: (B, P), L2-normalised.
 
         Where the streams first meet after some layers of their own, that is where the half already stands (ALBEF: align
-        before fusing). Where they meet in the very first layer, the schedule runs to its end with the partner absent.
+        before fusing). A stream that meets the other in its very first layer (UNITER's both, BLIP's text) goes on to the
+        end of the schedule with the partner absent.
         """
         if "contrast" not in self.heads:
             raise UserError("this model has no contrast head, so a text or picture alone has no vector; "
                             "train it with the itc objective.")  # fmt: skip
         states = half.states
-        if self.fuses and self.fusion_depth == 0:
+        if self.fuses and not any(stream in layer.changes for layer in self.schedule.layers()[: self.fusion_depth]):
             text = stream == "text"
             streams = Streams(states, None) if text else Streams(None, states)
             see = everyone(half.mask, None) if text else everyone(None, half.mask)
-            out = self.schedule.run(streams, see)
+            out = self.schedule.run(streams, see, start=self.fusion_depth)
             states = out.text if text else out.image  # type: ignore[assignment]
         return self.heads["contrast"].project(self.pooled(states, half.mask, stream), stream)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class Sight(NamedTuple):
 
     mask: Tensor  # (B or 1, 1, Q or 1, K) bool, True = may be seen; no row without a True
     alive: Tensor  # (B or 1, 1, Q or 1, 1) bool, False = this query may see nothing
+    memory: Callable | None = None  # (attention, states) -> keys, values, of earlier steps too (decoder.py)
 
 
 def sight(mask: Tensor | None) -> Sight | None:

@@ -38,13 +38,15 @@ class WordEmbedding(nn.Module):
         self.dropout = nn.Dropout(spec.width.dropout)
         self.first = spec.first_position
 
-    def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None) -> Tensor:
-        """ids (B, T) -> (B, T, D). Raises UserError when the text is longer than the positions."""
-        length = input_ids.shape[1]
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None,
+                start: int = 0) -> Tensor:  # fmt: skip
+        """ids (B, T) -> (B, T, D). `start`: words that came before these. Raises UserError when the text is longer than
+        the positions."""
+        length = start + input_ids.shape[1]
         if length + self.first > self.positions.num_embeddings:
             raise UserError(f"a text of {length} tokens, but the model has {self.positions.num_embeddings - self.first} "
                             f"positions: lower the maximum length or truncate.")  # fmt: skip
-        at = torch.arange(self.first, self.first + length, device=input_ids.device)
+        at = torch.arange(self.first + start, self.first + length, device=input_ids.device)
         x = self.words(input_ids) + self.positions(at)  # (B, T, D)
         if self.types is not None:
             x = x + (self.types.weight[0] if type_ids is None else self.types(type_ids))

@@ -1,0 +1,170 @@
+"""A decoder: a second schedule over (what is written, what is read), with a memory of keys and values between steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from interlace.embed.words import Words
+from interlace.errors import UserError
+from interlace.heads import Tied
+from interlace.layers import Attend, Kind, Read, Text, Width
+from interlace.schedule import Schedule, Segments
+from interlace.streams import Sight, Streams, Visibility
+
+SHAREABLE = ("words", "attend_self", "attend_image", "ffn")
+
+
+@dataclass
+class Decoder:
+    """`segments`: layers of the kinds read and text. `context`: whose final states they read, "image" or "text" (a
+    question that has seen the image). `shares`: parts that are the model's own and have no weights here: "words", and
+    of each layer "attend_self", "attend_image", "ffn", which are those of the same layer of the segment `like`.
+    `start`, `end`: the ids a text begins and ends with."""
+
+    segments: Segments | list
+    context: str = "image"
+    shares: tuple[str, ...] = ()
+    like: str = ""
+    start: int = 30522
+    end: int = 102
+
+    def __post_init__(self) -> None:
+        pairs = self.segments.items() if isinstance(self.segments, dict) else self.segments
+        self.segments = {name: [k if isinstance(k, Kind) else Kind(k["name"], tuple(sorted(k["options"].items())))
+                                for k in kinds] for name, kinds in pairs}  # fmt: skip
+        self.shares = tuple(self.shares)
+        if self.context not in ("image", "text"):
+            raise UserError(f"a decoder reads the states of the image or of the text; got context={self.context!r}.")
+        if wrong := [part for part in self.shares if part not in SHAREABLE]:
+            raise UserError(f"a decoder can share {', '.join(SHAREABLE)}; got {', '.join(wrong)}.")
+        if set(self.shares) - {"words"} and not self.like:
+            raise UserError("a decoder that shares layers says with which segment of the model: set `like`.")
+
+    def to_dict(self) -> dict[str, Any]:
+        pairs = self.segments.items()  # type: ignore[union-attr]
+        plain = [[name, [{"name": k.name, "options": dict(k.options)} for k in kinds]] for name, kinds in pairs]
+        return {**vars(self), "segments": plain, "shares": list(self.shares)}
+
+
+class Memory:
+    """Keys and values of earlier steps. transformers keeps and reorders them; here is who writes where."""
+
+    def __init__(self, cache: EncoderDecoderCache, places: dict[int, int]):
+        self.cache, self.places = cache, places  # places: id of an attention -> number of its layer
+
+    def written(self, attend: Attend, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all words so far: grows by those of `states`."""
+        return self.cache.self_attention_cache.update(*attend.keys(states), self.places[id(attend)])
+
+    def context(self, attend: Attend, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the context: the same in every step, computed in the first."""
+        n, cache = self.places[id(attend)], self.cache.cross_attention_cache
+        if not self.cache.is_updated.get(n):
+            self.cache.is_updated[n] = True
+            return cache.update(*attend.keys(states), n)
+        return cache.layers[n].keys, cache.layers[n].values
+
+
+class Recalling(Visibility):
+    """A visibility whose attentions remember. Both its blocks have masks."""
+
+    memory: Memory
+
+    def sight(self, block: str) -> Sight | None:
+        seen = super().sight(block)
+        return None if seen is None else seen._replace(
+            memory=partial((Memory.written if block == "tt" else Memory.context), self.memory))  # fmt: skip
+
+
+class TextDecoder(PreTrainedModel, GenerationMixin):
+    """Words (B, T) and context (B, K, C) -> logits (B, T, V). `generate` is transformers' own.
+
+    A text must not be padded on the left; padding on the right is never seen, since a word sees only earlier ones.
+    """
+
+    config_class = PreTrainedConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, spec: Decoder, words: Words, context: Width, lender: nn.Module | None = None):
+        """`lender`: the model whose parts are shared."""
+        config = PreTrainedConfig(is_decoder=True, tie_word_embeddings=False, bos_token_id=spec.start,
+                                  eos_token_id=spec.end, pad_token_id=words.pad)  # fmt: skip
+        config.vocab_size = words.vocabulary
+        super().__init__(config)
+        self.schedule = Schedule(dict(spec.segments), words.width, context)
+        for layer in self.schedule.layers():
+            if not isinstance(layer, Read | Text):
+                raise UserError(f"a decoder is made of read and text layers, got {layer.kind!r}.")
+        self.head = Tied(words.width.size, 0, words.vocabulary, eps=words.width.eps, activation=words.width.activation)
+        if "words" in spec.shares:
+            _borrow(self, "words", lender.text)  # type: ignore[union-attr,arg-type]
+        else:
+            self.words = words.build()
+        if parts := [part for part in spec.shares if part != "words"]:
+            lenders = getattr(lender.schedule, spec.like)  # type: ignore[union-attr]
+            if len(lenders) != len(self.schedule.layers()):
+                raise UserError(f"a decoder of {len(self.schedule.layers())} layers cannot share with the "
+                                f"{len(lenders)} of {spec.like!r}.")  # fmt: skip
+            for layer, other in zip(self.schedule.layers(), lenders):
+                for part in parts:
+                    _borrow(layer, part, getattr(other, part))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """`context_mask` (B, K), 1 = may be read. With `past_key_values`, `input_ids` are the words that are new."""
+        before = 0 if past_key_values is None else past_key_values.get_seq_length()
+        length, device = input_ids.shape[1], input_ids.device
+        past = torch.ones(1, length, before + length, dtype=torch.bool, device=device).tril(before)
+        if context_mask is None:
+            context_mask = torch.ones(1, context.shape[1], dtype=torch.bool, device=device)
+        see = Visibility(tt=past, ti=context_mask.bool().unsqueeze(1))
+        if past_key_values is not None:
+            see = Recalling(see.tt, see.ti)
+            see.memory = Memory(past_key_values, self.places())
+        words = self.words(input_ids, start=before)  # (B, T, D)
+        text = self.schedule(Streams(words, context), see).text
+        logits = self.head(text, self.words.words.weight)  # (B, T, V)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def places(self) -> dict[int, int]:
+        """id of each attention, borrowed ones too -> number of its layer."""
+        parts = ("attend", "attend_self", "attend_image")
+        return {id(getattr(layer, part)): n for n, layer in enumerate(self.schedule.layers()) for part in parts
+                if hasattr(layer, part)}  # fmt: skip
+
+    def generate(self, *args: Any, use_cache: bool = True, **kwargs: Any) -> Any:
+        """transformers' `generate`, given `context` and `context_mask`, with the memory this decoder needs."""
+        if use_cache and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        return super().generate(*args, use_cache=use_cache, **kwargs)
+
+
+def _borrow(borrower: nn.Module, name: str, part: nn.Module) -> None:
+    """`borrower.name` is `part`, which stays registered where it lives alone: counted, saved and moved once."""
+    borrower._modules.pop(name, None)
+    borrower.__dict__[name] = part

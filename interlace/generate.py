@@ -1,0 +1,153 @@
+"""Texts written and answers ranked by a model with a decoder. Decoding is transformers'; beams are BLIP's release's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from interlace.decoder import TextDecoder
+from interlace.errors import UserError
+from interlace.model import Half, VLModel
+from interlace.objectives.lm import text_losses, written
+
+
+def decoder_of(model: VLModel, context: str) -> TextDecoder:
+    if model.decoder is None or model.config.writes.context != context:
+        raise UserError(f"this model has no decoder that reads the {context}: "
+                        + ("use blip_caption or blip." if context == "image" else "use blip_vqa."))  # fmt: skip
+    return model.decoder
+
+
+@torch.no_grad()
+def write(decoder: TextDecoder, context: Half, prompt: Tensor | None = None, beams: int = 3, max_length: int = 20,
+          min_length: int = 5, **options: Any) -> Tensor:  # fmt: skip
+    """Context (B, K, C) -> ids (B, L), prompt included, ended by [SEP] and then padded. `prompt` (P,) or (B, P) begins
+    with the decoder's start; None: the start alone. Both lengths count the prompt. `options`: transformers' own, such
+    as do_sample, top_p, repetition_penalty, use_cache."""
+    if prompt is None:
+        prompt = torch.tensor([decoder.config.bos_token_id])
+    ids = prompt.to(context.states.device).expand(len(context.states), -1)
+    if beams > 1 and not options.get("do_sample"):
+        options["custom_generate"] = search_beams
+    options = {"do_sample": False, "max_length": max_length, "min_length": min_length, "num_beams": beams, **options}
+    return decoder.generate(input_ids=ids, context=context.states, context_mask=context.mask, **options)
+
+
+def caption(model: VLModel, pixels: Tensor, prompt: Tensor | None = None, **options: Any) -> Tensor:
+    """Pictures (B, 3, S, S) -> ids (B, L) of a caption each, see `write`."""
+    return write(decoder_of(model, "image"), model.half_image(pixels), prompt, **options)
+
+
+def ask(model: VLModel, question: Tensor, mask: Tensor | None, pixels: Tensor) -> Half:
+    """Questions (B, T), beginning with [ENC], that have seen their pictures: what the answers are written from."""
+    text = model.half_text(question, mask)
+    return Half(model.fuse(text, model.half_image(pixels)).text, text.mask)  # type: ignore[arg-type]
+
+
+def answer(model: VLModel, asked: Half, beams: int = 3, max_length: int = 10, min_length: int = 1,
+           **options: Any) -> Tensor:  # fmt: skip
+    """Questions asked -> ids (B, L) of an answer each. The release reads the padding of the questions too, here as in
+    its evaluation, and was measured so."""
+    everything = Half(asked.states, None)
+    return write(decoder_of(model, "text"), everything, None, beams, max_length, min_length, **options)
+
+
+@torch.no_grad()
+def rank_answers(model: VLModel, asked: Half, answers: Tensor, k: int = 128) -> tuple[Tensor, Tensor]:
+    """Questions asked (B, T, D), a list of answers (N, A), [DEC] first, padded -> the `k` whose first word is likeliest
+    (B, k), and the log-probability of each, smoothed as in training (B, k). BLIP, section 5.3, inference."""
+    decoder = decoder_of(model, "text")
+    if k > len(answers):
+        raise UserError(f"k={k}, but the list has {len(answers)} answers: lower k.")
+    rows, pad = len(asked.states), decoder.config.pad_token_id
+    first = decoder(answers[:1, :1].expand(rows, 1), asked.states, asked.mask).logits[:, 0]  # (B, V)
+    kept = F.softmax(first, 1)[:, answers[:, 1]].topk(k, 1).indices  # (B, k)
+    many = asked.rows(torch.arange(rows, device=kept.device).repeat_interleave(k))
+    ids = answers[kept.flatten()]  # (B*k, A)
+    losses = text_losses(decoder(ids, many.states, many.mask).logits, written(ids, pad))
+    return kept, -losses.view(rows, k)
+
+
+# ------------------------------------------------------------------------------------- beams as in the release
+
+
+class Finished:
+    """A row's best ended texts, at most `beams`."""
+
+    def __init__(self, beams: int, penalty: float, early: bool):
+        self.beams, self.penalty, self.early = beams, penalty, early
+        self.texts: list[tuple[float, Tensor]] = []
+
+    def add(self, ids: Tensor, total: float) -> None:
+        score = total / len(ids) ** self.penalty
+        if len(self.texts) < self.beams or score > min(s for s, _ in self.texts):
+            self.texts.append((score, ids))
+        if len(self.texts) > self.beams:
+            self.texts.pop(min(range(len(self.texts)), key=lambda n: self.texts[n][0]))
+
+    def closed(self, best: float, length: int) -> bool:
+        """No running text can enter any more, were it to end now with the best total."""
+        if len(self.texts) < self.beams:
+            return False
+        return self.early or min(s for s, _ in self.texts) >= best / length**self.penalty
+
+
+def search_beams(decoder: TextDecoder, input_ids: Tensor, logits_processor, stopping_criteria, generation_config,
+                 synced_gpus: bool = False, **state: Any) -> Tensor:  # fmt: skip
+    """Beam search whose scores are totals divided by the whole length, prompt included, [SEP] excluded, and which looks
+    at 2 * beams continuations a step: the rule of transformers 4.15, by which BLIP's captions were chosen. Newer
+    versions divide by what was generated alone and choose other captions. For `generate(custom_generate=...)`, whose
+    cache and processors it uses. Ids (B * beams, P), row by row -> (B, L).
+    """
+    beams, end, pad = generation_config.num_beams, decoder.config.eos_token_id, decoder.config.pad_token_id
+    rows, cached = len(input_ids) // beams, bool(state.get("use_cache"))
+    early = generation_config.early_stopping is True
+    ended = [Finished(beams, generation_config.length_penalty, early) for _ in range(rows)]
+    done = [False] * rows
+    totals = torch.full((rows, beams), -1e9, device=input_ids.device)
+    totals[:, 0] = 0  # all beams begin alike: only the first may go on
+    step = None  # the first forward sees the whole prompt, later ones the new word
+    while True:
+        inputs = decoder.prepare_inputs_for_generation(input_ids, next_sequence_length=step, **state)
+        step = 1 if cached else None
+        scores = F.log_softmax(decoder(**inputs).logits[:, -1].float(), -1)
+        scores = logits_processor(input_ids, scores)  # (B * beams, V)
+        words = scores.shape[-1]
+        best, place = (scores.view(rows, beams, words) + totals[..., None]).flatten(1).topk(2 * beams, 1)
+        chosen, word = torch.zeros_like(totals, dtype=torch.long), torch.full_like(totals, pad, dtype=torch.long)
+        totals = torch.zeros_like(totals)
+        for row in range(rows):
+            if done[row]:
+                continue  # stays, padded, until all are done
+            going = 0
+            for rank, (total, at) in enumerate(zip(best[row].tolist(), place[row].tolist())):
+                beam, new = row * beams + at // words, at % words
+                if new == end:
+                    if rank < beams:  # an end among the worse half is no candidate
+                        ended[row].add(input_ids[beam], total)
+                elif going < beams:
+                    chosen[row, going], word[row, going], totals[row, going] = beam, new, total
+                    going += 1
+            done[row] = ended[row].closed(float(best[row, 0]), input_ids.shape[1])
+        chosen = chosen.flatten()
+        input_ids = torch.cat([input_ids[chosen], word.view(-1, 1)], 1)
+        if cached:
+            state["past_key_values"].reorder_cache(chosen)
+        if all(done) or bool(torch.as_tensor(stopping_criteria(input_ids, None)).all()):
+            break
+    texts = []
+    for row in range(rows):
+        if not done[row]:
+            for beam in range(beams):
+                ended[row].add(input_ids[row * beams + beam], float(totals[row, beam]))
+        texts.append(sorted(ended[row].texts, key=lambda text: text[0])[-1][1])
+    longest = min(max(map(len, texts)) + 1, generation_config.max_length)
+    out = input_ids.new_full((rows, longest), pad)
+    for row, text in enumerate(texts):
+        out[row, : len(text)] = text
+        if len(text) < longest:
+            out[row, len(text)] = end
+    return out
