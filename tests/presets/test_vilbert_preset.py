@@ -1,0 +1,136 @@
+"""ViLBERT and 12-in-1: sizes of the papers, and what must hold whatever the weights."""
+
+import pytest
+import torch
+
+from interlace.embed.regions import Regions
+from interlace.embed.task_words import TaskWords, insert
+from interlace.errors import UserError
+from interlace.layers import BOTH, IMAGE, TEXT, Width, co
+from interlace.model import VLModel
+from interlace.presets import vilbert
+
+DEAD = 11_020_800  # of the release's numbers take part in nothing and are not here
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def inputs(words=7, regions=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    boxes = torch.rand(2, regions, 5, generator=g)
+    return torch.randint(1, 99, (2, words), generator=g), Regions(torch.randn(2, regions, 20, generator=g), boxes)
+
+
+def tiny_twelve():
+    words = TaskWords(Width(32, heads=4), pool="relu", pool_size=48, vocabulary=99, positions=24, tasks=4)
+    tiny = vilbert.tiny()
+    return vilbert.twelve_in_one(words, vqa=7, gqa=5, image=tiny.image, segments=tiny.segments, classes=11)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return VLModel(vilbert.tiny()).eval()
+
+
+@pytest.fixture
+def twelve():
+    torch.manual_seed(0)
+    return VLModel(tiny_twelve()).eval()
+
+
+def test_parameters_as_in_the_release():
+    with torch.device("meta"):
+        pretraining, tasks = VLModel(vilbert.vilbert()), VLModel(vilbert.twelve_in_one())
+    assert count(pretraining) + DEAD == 250_044_029
+    assert count(pretraining) - count(pretraining.heads) + DEAD == 246_726_656
+    assert count(tasks) + DEAD == 268_028_859
+    assert pretraining.fusion_depth == 6
+
+
+def test_the_release_s_configuration_file_gives_the_base_model():
+    released = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                "hidden_act": "gelu", "intermediate_size": 3072, "hidden_dropout_prob": 0.1,
+                "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 512, "type_vocab_size": 2,
+                "v_feature_size": 2048, "v_hidden_size": 1024, "v_num_hidden_layers": 6, "v_num_attention_heads": 8,
+                "v_intermediate_size": 1024, "v_attention_probs_dropout_prob": 0.1, "v_hidden_act": "gelu",
+                "v_hidden_dropout_prob": 0.1, "v_biattention_id": [0, 1, 2, 3, 4, 5],
+                "t_biattention_id": [6, 7, 8, 9, 10, 11], "v_target_size": 1601, "bi_hidden_size": 1024,
+                "bi_num_attention_heads": 8}  # fmt: skip
+    assert vilbert.from_release(released).to_dict() == vilbert.vilbert().to_dict()
+    assert vilbert.from_release(released, tasks=20).to_dict() == vilbert.twelve_in_one().to_dict()
+    few = released | {"v_num_hidden_layers": 2, "v_biattention_id": [0, 1], "t_biattention_id": [10, 11]}
+    assert vilbert.from_release(few).to_dict() == vilbert.vilbert(connections=2).to_dict()
+    other = few | {"num_hidden_layers": 6, "v_num_hidden_layers": 4, "v_biattention_id": [1, 2]}
+    segments = vilbert.from_release(other | {"t_biattention_id": [2, 4]}).segments
+    meet = co(inner=1024, heads=8)
+    assert segments == {"text": [BOTH, TEXT], "cross": [meet, BOTH, TEXT, meet, BOTH, BOTH]}
+    names = vilbert.keys(segments)
+    assert names["bert.encoder.layer.4.output.dense"] == "schedule.cross.4.text.ffn.down"
+    assert names["bert.encoder.v_layer.3.output.dense"] == "schedule.cross.5.image.ffn.down"
+    assert vilbert.keys({"text": [IMAGE]})["bert.encoder.v_layer.0.output.dense"] == "schedule.text.0.ffn.down"
+
+
+def test_padding_of_either_stream_changes_nothing(model):
+    ids, regions = inputs()
+    more, extra = inputs(words=3, regions=2, seed=1)
+    long = Regions(torch.cat([regions.features, extra.features], 1), torch.cat([regions.boxes, extra.boxes], 1))
+    text_mask, image_mask = torch.ones(2, 10), torch.ones(2, 7)
+    text_mask[:, 7:], image_mask[:, 5:] = 0, 0
+    with torch.no_grad():
+        a, b = model(ids, regions), model(torch.cat([ids, more], 1), long, text_mask, image_mask)
+    for ours, padded in ((a.text, b.text[:, :7]), (a.image, b.image[:, :5]), (a.pooled_image, b.pooled_image)):
+        torch.testing.assert_close(ours, padded, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [vilbert.tiny, tiny_twelve])
+def test_gradient_reaches_every_parameter(make):
+    torch.manual_seed(0)
+    model = VLModel(make())
+    ids, regions = inputs()
+    if make is tiny_twelve:
+        ids = model.config.text.with_task(ids, torch.tensor([0, 3]))
+    out = model(ids, regions)
+    states = {"mlm": (out.text, model.text.words.weight), "mrc": (None, out.image), "refer": (None, out.image),
+              "refer_word": (out.text,)}  # fmt: skip
+    answers = [head(*states.get(name, (out.pooled_text, out.pooled_image))) for name, head in model.heads.items()]
+    sum(answer.square().sum() for answer in answers).backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert [n for n in silent if not n.endswith("attend.key.bias")] == []  # the softmax is blind to it
+
+
+@pytest.mark.parametrize("make", [vilbert.tiny, tiny_twelve])
+def test_save_and_load_change_nothing(make, tmp_path):
+    torch.manual_seed(0)
+    model = VLModel(make()).eval()
+    model.save_pretrained(tmp_path)
+    again, (ids, regions) = VLModel.from_pretrained(tmp_path).eval(), inputs()
+    assert again.config.segments == model.config.segments and again.config.text == model.config.text
+    with torch.no_grad():
+        a, b = model(ids, regions), again(ids, regions)
+        expected = model.heads["aligned"](a.pooled_text, a.pooled_image)
+        torch.testing.assert_close(again.heads["aligned"](b.pooled_text, b.pooled_image), expected)
+
+
+def test_a_task_moves_no_word_and_changes_what_is_said(twelve):
+    ids, regions = inputs()
+    words = twelve.config.text
+    asked = words.with_task(ids, torch.tensor([2, 2]))
+    assert asked.shape == (2, 8) and (asked[:, 1] == 101).all() and torch.equal(asked[:, 2:], ids[:, 1:])
+    assert insert(torch.ones(2, 7), 1).shape == (2, 8)
+    with torch.no_grad():
+        plain, with_task = twelve.text(ids), twelve.text(asked)
+        torch.testing.assert_close(with_task[:, [0, *range(2, 8)]], plain)
+        other = twelve(words.with_task(ids, torch.tensor([2, 3])), regions)
+        same = twelve(asked, regions)
+    assert torch.equal(other.pooled_text[0], same.pooled_text[0])
+    assert not torch.allclose(other.pooled_text[1], same.pooled_text[1])
+
+
+def test_a_task_needs_no_position_and_too_long_a_text_is_explained(twelve):
+    ids = twelve.config.text.with_task(torch.ones(1, 24, dtype=torch.long), torch.tensor([0]))
+    assert twelve.text(ids).shape == (1, 25, 32)
+    with pytest.raises(UserError, match="a text of 25 tokens, but the model has 24 positions"):
+        twelve.text(torch.ones(1, 25, dtype=torch.long))
