@@ -20,6 +20,7 @@ from interlace.config import VLConfig
 from interlace.embed.regions import ViLBERTRegions
 from interlace.embed.task_words import TaskWords
 from interlace.embed.words import Words
+from interlace.errors import UserError
 from interlace.heads import HEADS
 from interlace.layers import BOTH, IMAGE, TEXT, Width, co
 from interlace.schedule import Segments
@@ -109,7 +110,10 @@ PRETRAIN = [{"mlm": {"mask": 0.15}, "mrc_kl": {"mask": 0.15}, "aligned": {"negat
 
 def from_release(given: dict[str, Any], tasks: int = 0, **changes: Any) -> VLConfig:
     """The model of a release's configuration file (`config/bert_base_6layer_6conect.json`, read). `tasks`: rows of the
-    task table; 0 means the model of pre-training."""
+    task table; 0 means the model of pre-training. Raises UserError for a model that adds its pooled vectors."""
+    if given.get("fusion_method", "mul") != "mul":
+        raise UserError(f"ViLBERT multiplies the pooled vectors here; weights trained with another fusion_method, "
+                        f"{given['fusion_method']!r}, would answer wrongly: take others.")  # fmt: skip
     pooled = {"pool": "relu", "pool_size": given["bi_hidden_size"]}
     width = Width(given["hidden_size"], given["num_attention_heads"], given["intermediate_size"],
                   dropout=given["hidden_dropout_prob"], attention_dropout=given["attention_probs_dropout_prob"],

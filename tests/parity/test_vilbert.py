@@ -155,7 +155,8 @@ def test_heads_of_tasks(golden, twelve, asked):
     golden.close(heads["answers_gqa"](*pooled), "tasks_vil_prediction_gqa")
     golden.close(heads["rank"](*pooled), "tasks_vil_logit")
     golden.close(heads["entail"](*pooled), "tasks_vil_tri_prediction")
-    golden.close(heads["aligned"](*pooled), "tasks_vil_binary_prediction")  # the release's stand-in for an odd batch
+    stand_in = "aligned" if len(i["input_ids"]) % 2 else "nlvr2"  # an odd batch has no pairs of pictures
+    golden.close(heads[stand_in](*pooled), "tasks_vil_binary_prediction")
     golden.close(heads["mrc"](None, out.image), "tasks_vision_prediction", i["image_mask"])
     golden.close(heads["refer"](None, out.image), "tasks_vision_logit", i["image_mask"])
     golden.close(heads["mlm"](out.text, twelve.text.words.weight), "tasks_linguisic_prediction", i["attention_mask"])

@@ -61,6 +61,8 @@ def test_the_release_s_configuration_file_gives_the_base_model():
                 "bi_num_attention_heads": 8}  # fmt: skip
     assert vilbert.from_release(released).to_dict() == vilbert.vilbert().to_dict()
     assert vilbert.from_release(released, tasks=20).to_dict() == vilbert.twelve_in_one().to_dict()
+    with pytest.raises(UserError, match="fusion_method, 'sum'"):
+        vilbert.from_release(released | {"fusion_method": "sum"})
     few = released | {"v_num_hidden_layers": 2, "v_biattention_id": [0, 1], "t_biattention_id": [10, 11]}
     assert vilbert.from_release(few).to_dict() == vilbert.vilbert(connections=2).to_dict()
     other = few | {"num_hidden_layers": 6, "v_num_hidden_layers": 4, "v_biattention_id": [1, 2]}
