@@ -2,8 +2,8 @@
 
 The release (github.com/airsplay/lxmert) and transformers' classes agree to rounding, except:
 - transformers weighs the visual losses with 6.67 (`visual_loss_normalizer`), the release and we with 1 / 0.15;
-- what is not scored is labelled -1 in the release, -100 in transformers and here; a batch without a scored answer is
-  NaN in both, 0 here;
+- what is not scored is labelled -1 in the release, -100 in transformers, anything below 0 here; a batch without any
+  scored answer is NaN in both, 0 here;
 - transformers' hidden states leave out the embeddings, and its VQA class fine-tunes with cross-entropy, where the
   release and we take the binary one.
 Position 0 and type 0 get no gradient in both (`padding_idx`); here they learn. The release never hides a region, since
