@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from interlace.errors import UserError
+from interlace.model import VLModel
+from interlace.presets import uniter, visual_bert
 from interlace.weights import Copies, Flip, Lead, load_foreign, read_release, save_foreign
 
 KEYS = {
@@ -100,6 +102,21 @@ def test_everything_wrong_is_told_at_once_and_nothing_is_loaded():
 def test_a_forgotten_prefix_is_suggested():
     with pytest.raises(UserError, match=r"prefix='module\.'"):
         load_foreign(Ours(), {f"module.{name}": t for name, t in release().items()}, KEYS)
+
+
+def test_the_file_of_another_system_is_recognised():
+    theirs = save_foreign(VLModel(uniter.tiny()), uniter.KEYS)
+    with pytest.raises(UserError, match=r"look like the release of 'uniter' \(100%"):
+        load_foreign(VLModel(visual_bert.tiny()), theirs, visual_bert.KEYS)
+
+
+def test_a_head_the_model_lacks_is_dropped_by_name_and_another_size_is_explained():
+    theirs = save_foreign(VLModel(uniter.tiny()), uniter.KEYS)
+    report = load_foreign(VLModel(uniter.tiny(heads={})), theirs, uniter.KEYS)
+    assert "itm_output.weight" in report.dropped and "uniter.pooler.dense.weight" in report.mapped
+    with pytest.raises(UserError, match="build the model with the sizes of the release"):
+        load_foreign(VLModel(uniter.tiny(image=uniter.UNITERRegions(uniter.Width(32, heads=4), features=24))), theirs,
+                     uniter.KEYS)  # fmt: skip
 
 
 def test_a_new_part_may_keep_its_start_only_when_named():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 HERE = Path(__file__).parent / "golden"
+WORST: dict[str, tuple[float, str]] = {}  # file -> the largest difference met, and in which output
 
 
 def pytest_addoption(parser):
@@ -56,7 +57,13 @@ class Golden:
         if not theirs.is_floating_point():
             assert torch.equal(ours, theirs), name
             return
+        WORST[self.file.stem] = max(WORST.get(self.file.stem, (0.0, "")), ((ours - theirs).abs().max().item(), name))
         torch.testing.assert_close(ours, theirs, atol=self.atol, rtol=self.rtol, msg=lambda m: f"{name}: {m}")
+
+
+def pytest_terminal_summary(terminalreporter):
+    for file, (difference, name) in sorted(WORST.items()):
+        terminalreporter.write_line(f"{file}: largest difference from the recording {difference:.1e} ({name})")
 
 
 @pytest.fixture(scope="module")
