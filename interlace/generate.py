@@ -51,8 +51,8 @@ def answer(model: VLModel, asked: Half, beams: int = 3, max_length: int = 10, mi
            **options: Any) -> Tensor:  # fmt: skip
     """Questions asked -> ids (B, L) of an answer each. The release reads the padding of the questions too, here as in
     its evaluation, and was measured so."""
-    everything = Half(asked.states, None)
-    return write(decoder_of(model, "text"), everything, None, beams, max_length, min_length, **options)
+    decoder = decoder_of(model, "text")
+    return write(decoder, Half(asked.states, None), None, beams, max_length, min_length, **options)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def search_beams(decoder: TextDecoder, input_ids: Tensor, logits_processor, stop
     totals[:, 0] = 0  # all beams begin alike: only the first may go on
     step = None  # the first forward sees the whole prompt, later ones the new word
     while True:
-        inputs = decoder.prepare_inputs_for_generation(input_ids, next_sequence_length=step, **state)
+        inputs = decoder.prepare_inputs_for_generation(input_ids, next_sequence_length=step, **state)  # type: ignore
         step = 1 if cached else None
         scores = F.log_softmax(decoder(**inputs).logits[:, -1].float(), -1)
         scores = logits_processor(input_ids, scores)  # (B * beams, V)

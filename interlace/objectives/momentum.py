@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from interlace.config import VLConfig
 from interlace.errors import UserError
 from interlace.model import VLModel
 
@@ -20,14 +21,18 @@ class Momentum(nn.Module):
     """`model`: the slow copy, without decoder and with the contrast head alone. `text`, `image`: queues (P, Q) of
     normalised vectors, the oldest at `at`."""
 
+    text: Tensor
+    image: Tensor
+    at: Tensor
+
     def __init__(self, model: VLModel, queue: int = 57600, decay: float = 0.995):
         super().__init__()
-        config = copy.deepcopy(model.config)
+        config: VLConfig = copy.deepcopy(model.config)  # type: ignore[assignment]
         config.writes, config.heads = None, {"contrast": config.heads["contrast"]}
         self.model, self.decay, self.size = VLModel(config), decay, queue
         self.follow(model, decay=0.0)
         self.requires_grad_(False)
-        width = model.heads["contrast"].text.out_features
+        width: int = model.heads["contrast"].text.out_features  # type: ignore[assignment,union-attr]
         for name in ("text", "image"):
             self.register_buffer(name, F.normalize(torch.randn(width, queue), dim=0))
         self.register_buffer("at", torch.zeros(1, dtype=torch.long))

@@ -53,7 +53,7 @@ def tiny(**changes: Any) -> VLConfig:
     return clip(width(32, 4), width(48, 4), (2, 2), size=24, patch=8, pixels=32, words=words, **changes)
 
 
-PRETRAIN = {"itc": {}}  # section 2.3; 400M pairs, batch 32768, 32 epochs
+PRETRAIN: list[dict[str, Any]] = [{"itc": {}}]  # section 2.3; 400M pairs, batch 32768, 32 epochs
 
 
 def _tower(theirs: str, ours: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from interlace.layers import Width
 from interlace.model import VLModel
+from interlace.objectives.wra import alignment_loss, transport_distance
 from interlace.presets import vilt
 from interlace.weights import load_foreign, save_foreign
 
@@ -138,3 +139,13 @@ def test_the_names_read_backwards(golden, model):
     assert set(back) | {"text_embeddings.position_ids"} == set(golden.weights)
     for name, value in back.items():
         assert torch.equal(value, golden.weights[name]), name
+
+
+def test_word_patch_alignment(golden, model, halves):
+    text, image = halves[0], model.half_image(*mixed(golden))
+    with torch.no_grad():
+        out = model.fuse(text, image)
+        distance = transport_distance(out.text, out.image, *vilt.align(text.mask, image.mask))
+        loss = 0.1 * alignment_loss(distance, golden.inputs["itm_labels"])
+    golden.close(distance, "wpa_distance")
+    golden.close(loss, "itm_wpa_loss")

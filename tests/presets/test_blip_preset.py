@@ -1,0 +1,189 @@
+"""BLIP: sizes of the paper, and what must hold whatever the weights."""
+
+import copy
+
+import pytest
+import torch
+
+from interlace import generate
+from interlace.decoder import Decoder
+from interlace.errors import UserError
+from interlace.layers import JOINT, READ
+from interlace.model import Half, VLModel
+from interlace.objectives.lm import next_word, text_losses, written
+from interlace.objectives.momentum import Momentum
+from interlace.presets import blip
+
+IDS = torch.tensor([[97, 5, 6, 7, 8, 3], [97, 9, 10, 3, 0, 0]])
+MASK = (IDS != 0).long()
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def loud(model):
+    """Weights ten times the initial ones, so that the next word is not the same whatever came before."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or ("norm" not in name and "bias" in name):
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=[blip.blip, blip.blip_caption, blip.blip_vqa])
+def writer(request):
+    torch.manual_seed(0)
+    return loud(VLModel(blip.tiny(request.param)))
+
+
+def context(model):
+    with torch.no_grad():
+        if model.config.writes.context == "text":
+            return generate.ask(model, IDS, MASK, PIXELS)
+        return model.half_image(PIXELS)
+
+
+def count(config):
+    with torch.device("meta"):
+        model = VLModel(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_by_hand():
+    vit = 3 * 16 * 16 * 768 + 768 + 768 + 197 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768
+    words = 30524 * 768 + 512 * 768 + 2 * 768
+    attention, ffn = 4 * (768**2 + 768) + 2 * 768, 2 * 4 * 768**2 + 5 * 768 + 2 * 768
+    head = 768**2 + 768 + 2 * 768 + 30524
+    joined = 2 * (768 * 256 + 256) + 1 + 2 * 768 + 2
+    assert count(blip.blip()) == vit + words + 12 * (3 * attention + ffn) + head + joined  # 252M in the paper's table
+    wide = (384 // 16) ** 2 - 196  # more positions at 384 pixels
+    assert count(blip.blip_retrieval()) == vit + wide * 768 + words + 12 * (2 * attention + ffn) + joined
+    assert count(blip.blip_caption()) == vit + wide * 768 + words + 12 * (2 * attention + ffn) + head
+    wide = (480 // 16) ** 2 - 196
+    assert count(blip.blip_vqa()) == vit + wide * 768 + 2 * (words + 12 * (2 * attention + ffn)) + head
+    with torch.device("meta"):
+        large = VLModel(blip.blip(**blip.large()))
+    assert len(large.schedule.image) == 24 and large.decoder.schedule.write[0].attend_image.key.in_features == 1024
+
+
+def test_the_future_does_not_leak(writer):
+    read, changed = context(writer), IDS.clone()
+    changed[:, 3] = 50
+    with torch.no_grad():
+        a, b = writer.decoder(IDS, *read).logits, writer.decoder(changed, *read).logits
+    torch.testing.assert_close(a[:, :3], b[:, :3], atol=1e-5, rtol=1e-5)
+    assert (a[:, 3:] - b[:, 3:]).abs().amax(-1).gt(1e-3).all()
+
+
+def test_the_context_is_read_but_not_its_padding(writer):
+    read = context(writer)
+    noise = torch.randn_like(read.states[:, :2])
+    longer = Half(torch.cat([read.states, noise], 1), read.padded(read.states.shape[1] + 2).mask)
+    other = Half(read.states.flip(0), None if read.mask is None else read.mask.flip(0))
+    with torch.no_grad():
+        a, b, c = (writer.decoder(IDS, *half).logits for half in (read, longer, other))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert (a - c).abs().amax() > 1e-2
+
+
+def test_steps_with_memory_are_the_whole_at_once(writer):
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    read, cache = context(writer), EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with torch.no_grad():
+        whole = writer.decoder(IDS, *read).logits
+        parts = [writer.decoder(IDS[:, a:b], *read, past_key_values=cache).logits for a, b in ((0, 3), (3, 4), (4, 6))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"beams": 1}, {"beams": 3},
+                                     {"beams": 4, "length_penalty": 2.0, "early_stopping": True}])  # fmt: skip
+def test_cached_equals_uncached(writer, options):
+    read = context(writer)
+    cached, whole = (generate.write(writer.decoder, read, use_cache=memory, **options) for memory in (True, False))
+    assert torch.equal(cached, whole)
+    assert (cached[:, 0] == 97).all() and cached.shape[1] <= 20
+
+
+def test_a_row_is_written_as_it_is_alone(writer):
+    read = context(writer)
+    together = generate.write(writer.decoder, read)
+    for row in range(2):
+        alone = generate.write(writer.decoder, read.rows(torch.tensor([row])))
+        assert torch.equal(together[row, : alone.shape[1]], alone[0])
+
+
+def test_beams_find_a_likelier_text_than_greed(writer):
+    """By the search's own measure: the total over the length. Beams keep the greedy text unless they found better."""
+    read, scores = context(writer), []
+    for beams in (1, 8):
+        ids = generate.write(writer.decoder, read, beams=beams, max_length=8, min_length=8)
+        with torch.no_grad():
+            scores.append(-text_losses(writer.decoder(ids, *read).logits, ids, smoothing=0.0).sum())
+    assert scores[1] >= scores[0] - 1e-4
+
+
+def test_save_and_load_change_nothing(writer, tmp_path):
+    writer.save_pretrained(tmp_path)
+    again = VLModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        a, b = (model.decoder(IDS, *context(model)).logits for model in (again, writer))
+    torch.testing.assert_close(a, b)
+    assert torch.equal(generate.write(again.decoder, context(again)), generate.write(writer.decoder, context(writer)))
+
+
+def test_shared_parts_are_one_also_in_a_copy():
+    model = copy.deepcopy(VLModel(blip.tiny()))
+    write, fuse = model.decoder.schedule.write[1], model.schedule.fuse[1]
+    assert write.ffn is fuse.ffn and write.attend_image is fuse.attend_image and model.decoder.words is model.text
+    assert write.attend_self is not fuse.attend_self
+    assert not any("write.1.ffn" in name for name in model.state_dict())
+
+
+def test_gradient_reaches_everything():
+    torch.manual_seed(0)
+    model = VLModel(blip.tiny())
+    image = model.half_image(PIXELS)
+    loss = next_word(model.decoder(IDS, *image).logits, written(IDS))
+    loss = loss + model.heads["match"](model.fuse(model.half_text(IDS, MASK), image).pooled_text).square().sum()
+    loss = loss + (model.encode_text(IDS, MASK) @ model.encode_image(PIXELS).T * model.heads["contrast"].scale).sum()
+    loss.backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert [n for n in silent if not n.endswith("key.bias")] == []
+
+
+def test_a_text_alone_has_passed_the_whole_encoder():
+    model = loud(VLModel(blip.tiny()))
+    with torch.no_grad():
+        end = model.fuse(model.half_text(IDS, MASK), None).text[:, 0]
+        torch.testing.assert_close(model.encode_text(IDS, MASK), model.heads["contrast"].project(end, "text"))
+
+
+def test_momentum_follows_slowly_and_the_queue_turns():
+    model = VLModel(blip.tiny())
+    slow = Momentum(model, queue=4, decay=0.9)
+    before = slow.model.image.project.weight.clone()
+    torch.testing.assert_close(before, model.image.project.weight)
+    with torch.no_grad():
+        model.image.project.weight.add_(1)
+    slow.follow(model)
+    torch.testing.assert_close(slow.model.image.project.weight, before + 0.1)
+    vectors = torch.eye(2, 256)
+    for at in (2, 0, 2):
+        slow.push(vectors, -vectors)
+        assert int(slow.at) == at
+    assert torch.equal(slow.text[:, :2], vectors.T) and torch.equal(slow.image[:, 2:], -vectors.T)
+    with pytest.raises(UserError, match="multiple"):
+        slow.push(torch.zeros(3, 256), torch.zeros(3, 256))
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda: Decoder({"write": [READ]}, context="picture"), "image or of the text"),
+    (lambda: Decoder({"write": [READ]}, shares=("head",)), "can share"),
+    (lambda: Decoder({"write": [READ]}, shares=("ffn",)), "set `like`"),
+    (lambda: VLModel(blip.tiny(writes=Decoder({"write": [JOINT]}, "text"))), "read and text layers"),
+    (lambda: VLModel(blip.tiny(writes=Decoder({"write": [READ]}, "image", ("ffn",), "fuse"))), "cannot share"),
+    (lambda: generate.caption(VLModel(blip.tiny(blip.blip_vqa)), PIXELS), "blip_caption"),
+    (lambda: generate.answer(VLModel(blip.tiny()), None), "blip_vqa"),
+])  # fmt: skip
+def test_a_wrong_decoder_is_explained(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
