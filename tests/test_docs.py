@@ -24,6 +24,7 @@ from interlace.data.processor import Processor
 from interlace.data.sources import open_source
 from interlace.data.sources.build import build
 from interlace.data.sources.columns import ALIASES
+from interlace.data.sources.open import TABLES
 from interlace.errors import UserError
 from interlace.layers import Kind, Layer
 from interlace.learner import Learner
@@ -73,6 +74,16 @@ def load(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def no_trace():
+    """What the examples add to the library is taken away again: other tests look at all kinds, all objectives."""
+    before = [dict(known) for known in (Layer.kinds, Objective.known, TABLES)]
+    yield
+    for known, kept in zip((Layer.kinds, Objective.known, TABLES), before):
+        known.clear()
+        known.update(kept)
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
