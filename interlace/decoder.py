@@ -69,7 +69,7 @@ class Memory:
         if not self.cache.is_updated.get(n):
             self.cache.is_updated[n] = True
             return cache.update(*attend.keys(states), n)
-        return cache.layers[n].keys, cache.layers[n].values
+        return cache.layers[n].keys, cache.layers[n].values  # type: ignore[return-value,union-attr]
 
 
 class Recalling(Visibility):
@@ -95,9 +95,8 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
 
     def __init__(self, spec: Decoder, words: Words, context: Width, lender: nn.Module | None = None):
         """`lender`: the model whose parts are shared."""
-        config = PreTrainedConfig(is_decoder=True, tie_word_embeddings=False, bos_token_id=spec.start,
-                                  eos_token_id=spec.end, pad_token_id=words.pad)  # fmt: skip
-        config.vocab_size = words.vocabulary
+        ids = {"bos_token_id": spec.start, "eos_token_id": spec.end, "pad_token_id": words.pad}
+        config = PreTrainedConfig.from_dict({**ids, "is_decoder": True, "vocab_size": words.vocabulary})
         super().__init__(config)
         self.schedule = Schedule(dict(spec.segments), words.width, context)
         for layer in self.schedule.layers():
@@ -122,7 +121,7 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -148,8 +147,9 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
             see.memory = Memory(past_key_values, self.places())
         words = self.words(input_ids, start=before)  # (B, T, D)
         text = self.schedule(Streams(words, context), see).text
-        logits = self.head(text, self.words.words.weight)  # (B, T, V)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        table: Tensor = self.words.words.weight  # type: ignore[union-attr,assignment]
+        logits = self.head(text, table)  # (B, T, V)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
 
     def places(self) -> dict[int, int]:
         """id of each attention, borrowed ones too -> number of its layer."""
@@ -161,7 +161,7 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
         """transformers' `generate`, given `context` and `context_mask`, with the memory this decoder needs."""
         if use_cache and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        return super().generate(*args, use_cache=use_cache, **kwargs)
+        return super().generate(*args, use_cache=use_cache, **kwargs)  # type: ignore[misc]
 
 
 def _borrow(borrower: nn.Module, name: str, part: nn.Module) -> None:

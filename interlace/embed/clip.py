@@ -29,10 +29,12 @@ class CLIPWordEmbedding(WordEmbedding):
     def __init__(self, spec: CLIPWords):
         super().__init__(spec)
         self.words = nn.Embedding(spec.vocabulary, spec.width.size)  # [EOS] also pads, so no row of it may be frozen
-        self.norm = nn.Identity()
+        self.norm = nn.Identity()  # type: ignore[assignment]
         self.eos = spec.eos
 
-    def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None):
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """ids (B, T) -> (B, T, D) and the mask (B, T) of the words up to the first [EOS], itself included."""
         ended = (input_ids == self.eos).cumsum(1) - (input_ids == self.eos).long()  # [EOS] before this word
         real = ended == 0

@@ -31,9 +31,10 @@ class ViLTWordEmbedding(WordEmbedding):
         self.norm = nn.LayerNorm(spec.width.size, eps=spec.eps)
         self.modality = nn.Parameter(torch.zeros(1, spec.width.size))
 
-    def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None,
+                start: int = 0) -> Tensor:  # fmt: skip
         """ids (B, T) -> (B, T, D)."""
-        return super().forward(input_ids, mask, type_ids) + self.modality
+        return super().forward(input_ids, mask, type_ids, start) + self.modality
 
 
 @dataclass
@@ -107,7 +108,9 @@ class ViLTPatchEmbedding(PatchEmbedding):
         kept = torch.cat([torch.ones_like(order[:, :1], dtype=torch.bool), real.flatten(1).gather(1, order)], 1)
         return torch.cat([first, x], 1), kept, torch.stack([order // width, order % width], -1)
 
-    def forward(self, pixels: Tensor, mask: Tensor | None = None, image: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, pixels: Tensor, mask: Tensor | None = None, image: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W), normalised, and the mask of their pixels (B, H, W), None = nothing is padded
         -> (B, 1+K, D), mask (B, 1+K). `image`: which of a text's pictures these are."""
         x, kept, _ = self.embed(pixels, mask)

@@ -20,15 +20,16 @@ MASK = (IDS != 0).long()
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
 
 
-def pair(cls, make, keys, heads):
+def pair(cls, make, keys, heads, wide=48):
+    """`wide`: of the image; transformers' answers need it as wide as the text."""
     torch.manual_seed(0)
     text = {**TINY, "vocab_size": 99, "max_position_embeddings": 32, "bos_token_id": 97, "sep_token_id": 3,
             "pad_token_id": 0, "eos_token_id": 3, "projection_dim": 24}  # fmt: skip
-    vision = {**TINY, "image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-6}
+    vision = {**TINY, "hidden_size": wide, "image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-6}
     theirs = cls(BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=24)).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    image = Width(32, heads=4, ffn=64, norm="pre", eps=1e-6, dropout=0.0, attention_dropout=0.0)
+    image = Width(wide, heads=4, ffn=64, norm="pre", eps=1e-6, dropout=0.0, attention_dropout=0.0)
     ours = VLModel(make(text=Width(32, heads=4, ffn=64), image=image, layers=(2, 2), pixels=32, patch=8, ends=(97, 3),
                         words={"vocabulary": 99, "positions": 32}, heads=heads)).eval()  # fmt: skip
     return theirs, ours, load_foreign(ours, theirs.state_dict(), keys, fresh=("heads.contrast.temperature",))
@@ -69,7 +70,7 @@ def test_captions():
 
 
 def test_answers():
-    theirs, ours, _ = pair(BlipForQuestionAnswering, blip.blip_vqa, blip.HF_VQA_KEYS, {})
+    theirs, ours, _ = pair(BlipForQuestionAnswering, blip.blip_vqa, blip.HF_VQA_KEYS, {}, wide=32)
     pixels, answers = torch.randn(2, 3, 32, 32), torch.tensor([[97, 11, 12, 3], [97, 13, 3, 0]])
     with torch.no_grad():
         image = theirs.vision_model(pixels).last_hidden_state
@@ -83,10 +84,15 @@ def test_answers():
     close(logits[answers != 0], expected[answers != 0])
 
 
-@pytest.mark.parametrize("cls,make,keys", [(BlipForConditionalGeneration, blip.blip_caption, blip.HF_CAPTION_KEYS),
-                                           (BlipForQuestionAnswering, blip.blip_vqa, blip.HF_VQA_KEYS)])  # fmt: skip
-def test_names_both_ways(cls, make, keys):
-    theirs, ours, _ = pair(cls, make, keys, {})
+@pytest.mark.parametrize(
+    "cls,make,keys,wide",
+    [
+        (BlipForConditionalGeneration, blip.blip_caption, blip.HF_CAPTION_KEYS, 48),
+        (BlipForQuestionAnswering, blip.blip_vqa, blip.HF_VQA_KEYS, 32),
+    ],
+)
+def test_names_both_ways(cls, make, keys, wide):
+    theirs, ours, _ = pair(cls, make, keys, {}, wide)
     back = save_foreign(ours, keys)
     for name, value in theirs.state_dict().items():
         assert name.endswith("position_ids") or torch.equal(back[name], value), name
