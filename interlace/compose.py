@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from interlace import towers
@@ -15,6 +16,7 @@ from interlace.errors import UserError
 from interlace.layers import Width
 from interlace.model import VLModel
 from interlace.objectives.base import Objective
+from interlace.warm_start import quiet_branches
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Composition:
     dropout: float = 0.1
     size: int = 160  # side of the picture in pixels
     patch: int = 16  # for image="patches"
+    align: bool = True  # frozen towers: start the projections from the best linear map between them
     fit: str = "pad"  # pad | squash | crop: how a picture becomes a square
     max_length: int = 40  # tokens
 
@@ -47,6 +50,11 @@ def compose(what: Composition, objectives: list[Objective], augment: Augment | N
     if image is not None:
         model.image.tower.load_state_dict(image.model.state_dict())
         model.image.start()
+    quiet_branches(model.schedule)
+    contrast = model.heads["contrast"] if "contrast" in model.heads else None
+    if contrast is not None and contrast.text.out_features == what.width:
+        nn.init.eye_(contrast.text.weight)
+        nn.init.eye_(contrast.image.weight)
     if "answers" in model.heads:
         model.heads["answers"].start()
     return model, _processor(what, config, tokenizer, augment or Augment())
@@ -71,8 +79,6 @@ def _config(what: Composition, objectives: list[Objective]) -> tuple[VLConfig, t
                            prefix=image.extras.prefix, channels=image.hidden_size, mean=list(spec.mean),
                            std=list(spec.std))  # fmt: skip
     heads = {o.head: o.head_options() for o in objectives if o.head}
-    if "contrast" in heads and what.fusion == "mid":
-        heads["contrast"]["norm"] = True  # the contrast is taken before the closing norm
     config = VLConfig(words, pixels, fusion=what.fusion, streams=what.streams, layers=what.layers, heads=heads)
     return config, image, text
 

@@ -37,6 +37,7 @@ class TrainSettings:
     batch: int = 64  # rows per optimiser step and rank
     accumulate: int = 1  # micro-batches the batch is split into
     lr: float = 5e-4  # of everything that starts untrained
+    aligned_lr: float = 5e-5  # of the projections and the contrast, where they start aligned (model.align)
     text_lr: float = 2e-5  # of the text tower; 0 freezes it
     image_lr: float = 0.0  # of the image tower; 0 freezes it
     weight_decay: float = 0.05

@@ -25,6 +25,7 @@ from interlace.objectives import Objective, Others, build_objective
 from interlace.objectives.itc import gather
 from interlace.run import MARK, Run, save_run, write_json
 from interlace.settings import Settings
+from interlace.warm_start import align_stems
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
@@ -63,11 +64,12 @@ class VLTrainer(SafeTrainer):
     """What vision-language training adds to the safe trainer: rows by (epoch, position), learning rates by part, and a
     contrast whose batch is the whole batch under gradient accumulation."""
 
-    def __init__(self, *args: Any, learner: Learner, settings: Settings, **kwargs: Any):
+    def __init__(self, *args: Any, learner: Learner, settings: Settings, aligned: bool = False, **kwargs: Any):
         super().__init__(*args, model=learner, **kwargs)
         self.learner, self.settings = learner, settings
         self.skipped: dict[str, str] = {}
         self.asked = 0
+        self.aligned = aligned
         self._waiting: list[tuple[Any, Others]] = []
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
@@ -81,6 +83,8 @@ class VLTrainer(SafeTrainer):
                 if not p.requires_grad:
                     continue
                 rate = t.text_lr if name.startswith("text.tower.") else t.image_lr if name.startswith("image.tower.") else t.lr
+                if self.aligned and name.startswith(("text.project.", "image.project.", "heads.contrast.")):
+                    rate = t.aligned_lr
                 decay = t.weight_decay if p.ndim > 1 and "positions" not in name else 0.0  # not norms, biases, scales
                 groups.setdefault((rate, decay), []).append(p)
             self.optimizer = torch.optim.AdamW(
@@ -186,6 +190,11 @@ def train(settings: Settings) -> Path:
     learner, processor = make_learner(settings, objectives)
     states = frozen_states(learner, processor, source, "train", t.seed, settings.data.views,
                            settings.data.keep_states_gb * 1e9)  # fmt: skip
+    strength = None
+    if states is not None and settings.model.align:
+        strength = align_stems(learner, states, source, seed=t.seed)
+        print("stems start random: too few captions to fit them" if strength is None else
+              f"stems start aligned: ridge regression, strength {strength:g} by cross-validation")  # fmt: skip
     samples = Samples(source, "train", processor, [o for o, _ in objectives], t.seed, states=states)
     if len(samples) < t.batch // t.accumulate:
         raise UserError(f"the train split of {source.name} has {len(samples)} rows, fewer than one batch of {t.batch}: set "
@@ -194,7 +203,7 @@ def train(settings: Settings) -> Path:
     _same_settings(out, settings)
     settings.save(out / "config.yaml")
     write_json(out / "data.json", describe_data(source))
-    trainer = VLTrainer(learner=learner, settings=settings, args=_arguments(settings, out), train_dataset=samples,
+    trainer = VLTrainer(learner=learner, settings=settings, aligned=strength is not None, args=_arguments(settings, out), train_dataset=samples,
                         data_collator=Collate(processor, states), log_file=out / LOG, progress_seconds=10)  # fmt: skip
     trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, len(samples)) // 5)))
     trainer.train(resume_from_checkpoint=newest_complete(out / CHECKPOINTS) is not None)
@@ -243,7 +252,9 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         dataloader_drop_last=True,
         dataloader_num_workers=settings.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        dataloader_persistent_workers=settings.data.workers > 0,
+        # a loader that lives on draws from torch's generator less often than one made anew each epoch; so that the number
+        # of workers changes no weight, none lives on
+        dataloader_persistent_workers=False,
         ddp_find_unused_parameters=True,  # a batch without questions leaves the answer head alone
         activation_checkpointing=t.gradient_checkpointing,
         disable_tqdm=True,
