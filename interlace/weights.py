@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -70,6 +71,7 @@ class Report:
 # ------------------------------------------------------------------------------------------------ one line of a table
 
 
+@cache
 def _pattern(template: str) -> re.Pattern[str]:
     """The names a template fits; the last group is what lies below a module."""
     parts, at = [], 0

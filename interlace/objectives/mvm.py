@@ -6,6 +6,7 @@ features and classes; its release averages over them, and so do the means of wha
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,3 +34,13 @@ def spread_cross_entropy(logits: Tensor, beliefs: Tensor) -> Tensor:
     scored = (beliefs.sum(-1) - 1).abs() < 0.1
     losses = -(beliefs[scored] * F.log_softmax(logits[scored], -1)).sum(-1)
     return losses.sum() / max(len(losses), 1)
+
+
+def hide_regions(may: Tensor, draw: torch.Generator, share: float = 0.15, at_least_one: bool = True) -> Tensor:
+    """may (B, I) True = a region that may be hidden (no padding, not the whole picture) -> hidden (B, I).
+    `at_least_one`: a row in which none was drawn hides the first it may, as in UNITER."""
+    may = may.bool()
+    hidden = (torch.rand(may.shape, generator=draw) < share) & may
+    if at_least_one:
+        hidden = hidden | (may & (may.cumsum(1) == 1) & ~hidden.any(1, keepdim=True))
+    return hidden
