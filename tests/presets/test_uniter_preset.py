@@ -96,6 +96,11 @@ def test_losses_at_random_weights_are_near_the_log_of_their_choices(model):
     assert abs(classes - torch.tensor(11.0).log()) < 0.2
 
 
+def test_the_background_is_never_the_class_to_guess():
+    beliefs, logits = torch.tensor([[0.8, 0.05, 0.15]]), torch.tensor([[0.0, 0.0, 9.0]])
+    assert mvm.class_losses(logits, beliefs) < 0.01
+
+
 def test_nothing_to_score_is_zero_not_nan():
     assert mlm.masked_words(torch.randn(2, 3, 9), torch.full((2, 3), -1)) == 0
     assert mvm.spread_cross_entropy(torch.randn(2, 3, 9), torch.zeros(2, 3, 9)) == 0
