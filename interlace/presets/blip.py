@@ -29,7 +29,9 @@ class Aligned(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        return 1 / self.temperature.clamp(0.001, 0.5)
+        bounded = self.temperature.clamp(0.001, 0.5)
+        # at a bound it still learns, as in the release, which clamps the value itself before each step
+        return 1 / (self.temperature + (bounded - self.temperature).detach())
 
     def project(self, pooled: Tensor, stream: str) -> Tensor:
         """(B, D) -> (B, P), L2-normalised."""

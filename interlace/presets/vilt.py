@@ -65,7 +65,7 @@ def tiny(**changes: Any) -> VLConfig:
 
 
 # each task has a forward pass of its own; the losses are summed
-PRETRAIN = [{"mlm": {"share": 0.15, "whole_words": True}}, {"itm": {"negatives": "drawn"}, "wpa": {"weight": 0.1}}]
+PRETRAIN = [{"mlm": {"mask": 0.15, "whole_words": True}}, {"itm": {"negatives": "drawn"}, "wpa": {"weight": 0.1}}]
 
 
 def picture(model: VLModel, pixels: Tensor, mask: Tensor | None = None, number: int = 0) -> Half:
