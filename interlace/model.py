@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from interlace.config import VLConfig
 from interlace.decoder import TextDecoder
 from interlace.embed.base import Pooler, pool
 from interlace.embed.regions import Regions
+from interlace.embed.words import Words
 from interlace.errors import UserError
-from interlace.heads import build_head
+from interlace.heads import Contrast, build_head
 from interlace.schedule import Schedule
 from interlace.streams import Streams, Visibility, everyone
 
@@ -40,7 +41,10 @@ class Half(NamedTuple):
 
     def padded(self, length: int) -> Half:
         extra = length - self.states.shape[1]
-        mask = torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device) if self.mask is None else self.mask.bool()
+        if self.mask is None:
+            mask = torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
+        else:
+            mask = self.mask.bool()
         if not extra:
             return Half(self.states, mask)
         return Half(nn.functional.pad(self.states, (0, 0, 0, extra)), nn.functional.pad(mask, (0, extra)))
@@ -69,6 +73,8 @@ class VLModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    pixel_mean: Tensor  # (3, 1, 1), of embedders that read pixels
+    pixel_std: Tensor
     accepts_loss_kwargs = False  # our losses are means: transformers must divide by the accumulation steps itself
 
     def __init__(self, config: VLConfig):
@@ -82,20 +88,22 @@ class VLModel(PreTrainedModel):
         self.heads = nn.ModuleDict({name: build_head(name, o, *widths) for name, o in config.heads.items()})
         self.decoder = None
         if config.writes is not None:
-            self.decoder = TextDecoder(config.writes, config.text, specs[config.writes.context].width, self)
+            words = cast(Words, config.text)  # what it writes are the words it reads
+            self.decoder = TextDecoder(config.writes, words, specs[config.writes.context].width, self)
         spec = config.image
-        if hasattr(spec, "mean"):
+        if hasattr(spec, "mean") and hasattr(spec, "std"):
             self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(3, 1, 1))
             self.register_buffer("pixel_std", torch.tensor(spec.std).view(3, 1, 1))
         self.frozen: tuple[str, ...] = ()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # BERT's and ViT's: normal, 0.02. Towers are initialised by their own class and then overwritten by their weights
+        # BERT's and ViT's: normal, 0.02. Towers are initialised by their own class, then overwritten by their weights
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
             nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 with torch.no_grad():
                     module.weight[module.padding_idx].zero_()
@@ -114,6 +122,11 @@ class VLModel(PreTrainedModel):
         """False for late fusion: no layer lets the streams meet."""
         return self.fusion_depth < len(self.schedule.layers())
 
+    @property
+    def contrast(self) -> Contrast:
+        """The head of that name; a preset's own offers the same `scale` and `project`."""
+        return cast(Contrast, self.heads["contrast"])
+
     def freeze(self, *streams: str) -> None:
         """The towers (not their projections) of these streams, "text" and/or "image", stop learning: no gradient,
         and norm statistics and dropout as in evaluation, whatever mode the model is in."""
@@ -131,7 +144,9 @@ class VLModel(PreTrainedModel):
             getattr(self, stream).tower.eval()
         return self
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None,
+                                    every_n_layers: int = 1) -> None:  # fmt: skip
+        # the schedule recomputes every layer, in its own way: the two options of transformers have nothing to set
         self.schedule.gradient_checkpointing = enable
 
     # ------------------------------------------------------------------------------------------------------- halves
@@ -211,8 +226,8 @@ class VLModel(PreTrainedModel):
         """A stream's vector in the contrast space without the other stream: (B, P), L2-normalised.
 
         Where the streams first meet after some layers of their own, that is where the half already stands (ALBEF: align
-        before fusing). A stream that meets the other in its very first layer (UNITER's both, BLIP's text) goes on to the
-        end of the schedule with the partner absent.
+        before fusing). A stream that meets the other in its very first layer (UNITER's both, BLIP's text) goes on to
+        the end of the schedule with the partner absent.
         """
         if "contrast" not in self.heads:
             raise UserError("this model has no contrast head, so a text or picture alone has no vector; "
@@ -224,7 +239,9 @@ class VLModel(PreTrainedModel):
             see = everyone(half.mask, None) if text else everyone(None, half.mask)
             out = self.schedule.run(streams, see, start=self.fusion_depth)
             states = out.text if text else out.image  # type: ignore[assignment]
-        return self.heads["contrast"].project(self.pooled(states, half.mask, stream), stream)
+        pooled = self.pooled(states, half.mask, stream)
+        assert pooled is not None
+        return self.contrast.project(pooled, stream)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, P), L2-normalised."""

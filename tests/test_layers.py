@@ -42,7 +42,8 @@ def test_padding_changes_nothing(name, norm):
     torch.manual_seed(0)
     layer = build_layer(KINDS[name], width(norm), width(norm)).eval()
     short = streams()
-    long = Streams(torch.cat([short.text, torch.randn(3, 4, 16)], 1), torch.cat([short.image, torch.randn(3, 2, 16)], 1))
+    more_words, more_cells = torch.randn(3, 4, 16), torch.randn(3, 2, 16)
+    long = Streams(torch.cat([short.text, more_words], 1), torch.cat([short.image, more_cells], 1))
     text_mask, image_mask = torch.ones(3, 9), torch.ones(3, 9)
     text_mask[:, 5:], image_mask[:, 7:] = 0, 0
     a, b = run(layer, short, everyone(None, None)), run(layer, long, everyone(text_mask, image_mask))
@@ -92,7 +93,8 @@ def test_joint_with_closed_crossing_blocks_is_each():
 def test_joint_equals_one_transformer_over_the_concatenation():
     torch.manual_seed(0)
     joint = build_layer(JOINT, width(), width()).eval()
-    theirs = nn.TransformerEncoderLayer(16, 4, 64, dropout=0.0, activation="gelu", batch_first=True, layer_norm_eps=1e-12).eval()
+    theirs = nn.TransformerEncoderLayer(16, 4, 64, dropout=0.0, activation="gelu", batch_first=True,
+                                        layer_norm_eps=1e-12).eval()  # fmt: skip
     a = joint.attend
     with torch.no_grad():
         theirs.self_attn.in_proj_weight.copy_(torch.cat([a.query.weight, a.key.weight, a.value.weight]))
@@ -127,7 +129,8 @@ def test_co_reads_states_from_before_the_layer_in_both_directions():
 @pytest.mark.parametrize("name", ["text", "both", "joint", "co", "read"])
 def test_the_future_does_not_leak_through_two_layers(name):
     torch.manual_seed(0)
-    schedule = Schedule({"a": [KINDS[name], KINDS["joint" if name == "joint" else "both"], KINDS[name]]}, width(), width()).eval()
+    between = KINDS["joint" if name == "joint" else "both"]
+    schedule = Schedule({"a": [KINDS[name], between, KINDS[name]]}, width(), width()).eval()
     s = streams()
     see = causal(None, None, 5)
     changed = s.text.clone()
@@ -196,16 +199,37 @@ def test_save_and_load_change_nothing(fusion, kind, tmp_path):
         close(model.encode_text(ids, mask), again.encode_text(ids, mask), 0)
 
 
+def test_recomputing_the_layers_changes_no_gradient():
+    torch.manual_seed(0)
+    model = VLModel(small("mid", "dual"))
+    ids, pixels = torch.randint(1, 50, (2, 6)), torch.randn(2, 3, 16, 16)
+
+    def gradients():
+        model.zero_grad()
+        out = model(ids, pixels)
+        (out.text.square().sum() + out.image.square().sum()).backward()
+        return {name: p.grad.clone() for name, p in model.schedule.named_parameters() if p.grad is not None}
+
+    kept = gradients()
+    model.activation_checkpointing_enable()
+    assert model.schedule.gradient_checkpointing
+    again = gradients()
+    assert kept and again.keys() == kept.keys()
+    for name, gradient in kept.items():
+        close(again[name], gradient, 0)
+
+
 @pytest.mark.parametrize("fusion,kind", ALL)
 def test_gradient_reaches_every_parameter(fusion, kind):
     torch.manual_seed(0)
     model = VLModel(small(fusion, kind))
     ids, pixels = torch.randint(1, 50, (2, 6)), torch.randn(2, 3, 16, 16)
     out = model(ids, pixels)
-    loss = sum(h(out.pooled_text, out.pooled_image).square().sum() for h in (model.heads["match"], model.heads["answers"]))
+    loss = sum(model.heads[h](out.pooled_text, out.pooled_image).square().sum() for h in ("match", "answers"))
     (loss + (model.encode_text(ids) @ model.encode_image(pixels).T).sum() * model.heads["contrast"].scale).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
-    # in early dual fusion a picture alone passes the co layers, and pooled-first states end there: nothing else is silent
+    # in early dual fusion a picture alone passes the co layers, and pooled-first states end there: nothing else is
+    # silent
     allowed = ("attend.key.bias",)  # the softmax is blind to it
     assert [n for n in silent if not n.endswith(allowed) and "_attend.key.bias" not in n] == []
 

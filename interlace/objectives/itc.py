@@ -38,7 +38,7 @@ class ITC(Objective):
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         text, image, group = views.vector("caption"), views.vector("image"), batch["group"]
         real = batch["caption_real"]
-        parts, scale = 1, model.heads["contrast"].scale
+        parts, scale = 1, model.contrast.scale
         if views.others is not None:
             parts = views.others.parts
             scale = scale / parts + scale.detach() * (1 - 1 / parts)  # it is differentiated once per micro-batch
@@ -52,7 +52,8 @@ class ITC(Objective):
         return Scored(loss, logs)
 
 
-def contrast(text: Tensor, image: Tensor, group: Tensor, real: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def contrast(text: Tensor, image: Tensor, group: Tensor, real: Tensor,
+             scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """text, image (N, P) normalised; group (N,) int; real (N,) bool, False = no caption, in no sum -> loss, logs."""
     logits = scale * text @ image.T  # (N, N)
     together = (group[:, None] == group[None, :]) & real[:, None] & real[None, :]
@@ -60,7 +61,8 @@ def contrast(text: Tensor, image: Tensor, group: Tensor, real: Tensor, scale: Te
     logits = logits.masked_fill(closed, -1e4)  # finite: a row without caption must not make NaN gradients
     target = together / together.sum(-1, keepdim=True).clamp(min=1)  # (N, N)
     count = real.sum().clamp(min=1)
-    by_text, by_image = cross_entropy_soft(logits, target), cross_entropy_soft(logits.T, target)  # target is symmetric in support
+    # the target is symmetric in support
+    by_text, by_image = cross_entropy_soft(logits, target), cross_entropy_soft(logits.T, target)
     loss = ((by_text * real).sum() + (by_image * real).sum()) / (2 * count)
     with torch.no_grad():
         top_t = together.gather(1, logits.argmax(1, keepdim=True))[:, 0].float()

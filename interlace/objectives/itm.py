@@ -87,7 +87,7 @@ class ITM(Objective):
     def mine(self, model: VLModel, batch: Batch, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         """Row -> a wrong text (B,), a wrong image (B,), and whether there is one at all (B,)."""
         with torch.no_grad():
-            sim = model.heads["contrast"].scale * views.vector("caption") @ views.vector("image").T  # (B text, B image)
+            sim = model.contrast.scale * views.vector("caption") @ views.vector("image").T  # (B text, B image)
             group, real = batch["group"], batch["caption_real"]
             wrong = group[:, None] != group[None, :]
             to_image = torch.softmax(sim, 1) * wrong + 1e-8 * wrong
