@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -11,8 +12,9 @@ from interlace import towers
 from interlace.config import VLConfig
 from interlace.data.processor import Augment, Processor
 from interlace.embed.patches import Patches
-from interlace.embed.stem import ImageStem, TextStem
+from interlace.embed.stem import ImageStem, ImageTower, TextStem, TextTower
 from interlace.errors import UserError
+from interlace.heads import Answers
 from interlace.layers import Width
 from interlace.model import VLModel
 from interlace.objectives.base import Objective
@@ -45,18 +47,19 @@ def compose(what: Composition, objectives: list[Objective], augment: Augment | N
     tokenizer = towers.load_tokenizer(what.text)
     config, image, text = _config(what, objectives)
     model = model_class(config)
-    model.text.tower.load_state_dict(text.model.state_dict())
-    model.text.start()
+    words = cast(TextTower, model.text)
+    words.tower.load_state_dict(text.model.state_dict())
+    words.start()
     if image is not None:
-        model.image.tower.load_state_dict(image.model.state_dict())
-        model.image.start()
+        cells = cast(ImageTower, model.image)
+        cells.tower.load_state_dict(image.model.state_dict())
+        cells.start()
     quiet_branches(model.schedule)
-    contrast = model.heads["contrast"] if "contrast" in model.heads else None
-    if contrast is not None and contrast.text.out_features == what.width:
-        nn.init.eye_(contrast.text.weight)
-        nn.init.eye_(contrast.image.weight)
+    if "contrast" in model.heads and model.contrast.text.out_features == what.width:
+        nn.init.eye_(model.contrast.text.weight)
+        nn.init.eye_(model.contrast.image.weight)
     if "answers" in model.heads:
-        model.heads["answers"].start()
+        cast(Answers, model.heads["answers"]).start()
     return model, _processor(what, config, tokenizer, augment or Augment())
 
 
@@ -64,7 +67,8 @@ def _config(what: Composition, objectives: list[Objective]) -> tuple[VLConfig, t
     if what.width % what.heads:
         raise UserError(f"model.width {what.width} does not divide into model.heads {what.heads}.")
     # pre-norm: the residual stream carries the towers' own features to the end from the first step on
-    width = Width(what.width, heads=what.heads, norm="pre", eps=1e-6, dropout=what.dropout, attention_dropout=what.dropout)
+    width = Width(what.width, heads=what.heads, norm="pre", eps=1e-6, dropout=what.dropout,
+                  attention_dropout=what.dropout)  # fmt: skip
     text = towers.load_tower(what.text, "text")
     words = TextStem(width, pool="mean", tower=text.model.config.to_dict())
     image = None
@@ -87,5 +91,5 @@ def _processor(what: Composition, config: VLConfig, tokenizer: PreTrainedTokeniz
     limit = getattr(tokenizer, "model_max_length", 512)
     if what.max_length > limit:
         raise UserError(f"model.max_length is {what.max_length}, but {what.text} takes at most {limit} tokens.")
-    return Processor(tokenizer, config.image.size, list(config.image.mean), list(config.image.std), what.fit,
-                     what.max_length, augment)  # fmt: skip
+    pixels = cast(Patches | ImageStem, config.image)
+    return Processor(tokenizer, pixels.size, list(pixels.mean), list(pixels.std), what.fit, what.max_length, augment)

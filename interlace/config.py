@@ -67,7 +67,8 @@ class VLConfig(PreTrainedConfig):
         plain = super().to_dict()
         plain["text"], plain["image"] = self.text.to_dict(), self.image.to_dict()
         # a list, since config.json is written with sorted keys and the order of the segments is the model
-        plain["segments"] = [[n, [{"name": k.name, "options": dict(k.options)} for k in ks]] for n, ks in self.segments.items()]
+        plain["segments"] = [[name, [{"name": k.name, "options": dict(k.options)} for k in kinds]]
+                             for name, kinds in self.segments.items()]  # fmt: skip
         plain["writes"] = None if self.writes is None else self.writes.to_dict()
         return plain
 

@@ -173,8 +173,8 @@ def match_logits(run: Run, held: Held, rows: np.ndarray, scores: np.ndarray) -> 
 
 
 def reranked(scores: np.ndarray, logits: np.ndarray, weight: float) -> np.ndarray:
-    """Candidates by cosine + weight * match logit, above all others (BLIP's second stage, arXiv:2201.12086, section 5.1,
-    which adds the two with weight 1; a model trained on few pairs deserves less trust in its matching)."""
+    """Candidates by cosine + weight * match logit, above all others (BLIP's second stage, arXiv:2201.12086, section
+    5.1, which adds the two with weight 1; a model trained on few pairs deserves less trust in its matching)."""
     seen = ~np.isnan(logits)
     return np.where(seen, 1e3 + scores + weight * np.nan_to_num(logits), scores)
 
@@ -183,8 +183,8 @@ WEIGHTS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def fit_match_weight(run: Run, source: Source) -> float:
-    """The weight of the match logit with the best mean reciprocal rank, both directions, on the validation split: 0 where
-    matching does not help, so that re-ranking never makes a search worse than it was there."""
+    """The weight of the match logit with the best mean reciprocal rank, both directions, on the validation split: 0
+    where matching does not help, so that re-ranking never makes a search worse than it was there."""
     held = hold(run, source, "val", MOST_RERANKED)
     rows = np.array([n for n, p in enumerate(held.pairs) if p.caption.strip()])
     if held.halves is None or len(rows) < 2:
@@ -240,7 +240,8 @@ def answer_logits(run: Run, source: Source, split: str, limit: int, picture: str
     """Questions of a split and logits (Q, A). `picture`: "own", "shuffled" (another row's) or "blank" (white)."""
     indices = sample_rows(source.question_indices(split), limit)
     questions = [source.question(int(i)) for i in indices]
-    shown = [questions[n].picture for n in (another_group(questions) if picture == "shuffled" else range(len(questions)))]
+    of = another_group(questions) if picture == "shuffled" else range(len(questions))
+    shown = [questions[n].picture for n in of]
     kept, logits = [], []
     blank = Image.new("RGB", (run.processor.size, run.processor.size), "white")
     cached: tuple[Any, Image.Image | None] = (None, None)
@@ -291,13 +292,14 @@ def answering(run: Run, source: Source, split: str, limit: int, blind: bool) -> 
     score = listed_accuracy(said, answers, kinds)
     train = list(source.questions("train")) if source.n_questions <= 2_000_000 else []
     chance = chance_vqa([q.answers for q in train], [q.kind for q in train], answers, kinds) if train else None
-    out: dict[str, Any] = {"accuracy": scored(score.per_question, groups, chance.majority_by_kind.overall if chance else None)}
+    majority = chance.majority_by_kind.overall if chance else None
+    out: dict[str, Any] = {"accuracy": scored(score.per_question, groups, majority)}
     dark = {}
     if blind:
         for picture in ("shuffled", "blank"):
             same, blind_logits = answer_logits(run, source, split, limit, picture)
-            dark[picture] = listed_accuracy([run.answers[n] for n in blind_logits.argmax(-1)], [q.answers for q in same],
-                                            [q.kind for q in same])  # fmt: skip
+            guessed = [run.answers[n] for n in blind_logits.argmax(-1)]
+            dark[picture] = listed_accuracy(guessed, [q.answers for q in same], [q.kind for q in same])
         out["accuracy"]["blind"] = max(s.overall for s in dark.values())
         out["accuracy"] |= {picture: s.overall for picture, s in dark.items()}
     out["by_kind"] = {

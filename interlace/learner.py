@@ -15,8 +15,8 @@ from interlace.objectives.base import Batch, Objective, Others, Views
 class Learner(VLModel):
     """A `VLModel` whose forward takes a batch and gives its loss; saved and loaded, it is the plain model.
 
-    The losses are summed with their weights; what each logs comes back beside the sum, still on the device, so that a step
-    never waits for a number.
+    The losses are summed with their weights; what each logs comes back beside the sum, still on the device, so that a
+    step never waits for a number.
     """
 
     def __init__(self, config: VLConfig):
@@ -38,9 +38,10 @@ class Learner(VLModel):
     def forward(self, others: Others | None = None, **batch: Any) -> dict[str, Any]:  # type: ignore[override]
         views = Views(self, batch)
         views.others = others
-        if others is not None:  # dropout is replayed from the pass that made the constants, so the order must be its own
+        if others is not None:  # dropout is replayed from the pass that made the constants: the order must be its own
             views.vector("image"), views.vector("caption")
-        total, logs = torch.zeros((), device=batch["group"].device), {}
+        total = torch.zeros((), device=batch["group"].device)
+        logs: dict[str, Tensor] = {}
         for objective, weight in self.objectives:
             scored = objective.loss(self, batch, views)
             total = total + weight * scored.loss

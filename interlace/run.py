@@ -55,7 +55,8 @@ def save_run(folder: str | Path, model: VLModel, processor: Processor, answers: 
     processor.save(folder)
     if answers:
         write_json(folder / ANSWERS, {"answers": answers, "temperature": temperature})
-    write_json(folder / MARK, {"fingerprint": fingerprint(folder), "weights_bytes": (folder / WEIGHTS).stat().st_size, **facts})
+    size = (folder / WEIGHTS).stat().st_size
+    write_json(folder / MARK, {"fingerprint": fingerprint(folder), "weights_bytes": size, **facts})
     return folder
 
 
@@ -76,8 +77,8 @@ class Run:
             raise UserError(f"no run folder at {folder}. `interlace train` writes one; give its path.")
         if not (folder / MARK).is_file():
             if (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file():
-                raise UserError(f"the run in {folder} is not finished: it has no {MARK}. Start the same `interlace train` "
-                                "command again, it resumes from the newest complete checkpoint.")  # fmt: skip
+                raise UserError(f"the run in {folder} is not finished: it has no {MARK}. Start the same `interlace "
+                                "train` command again, it resumes from the newest complete checkpoint.")  # fmt: skip
             raise UserError(f"{folder} is not a run folder: it has no {MARK}. `interlace train` writes one.")
         try:
             facts = json.loads((folder / MARK).read_text())
@@ -87,16 +88,18 @@ class Run:
         if not whole:
             raise UserError(f"{folder}/{WEIGHTS} has {(folder / WEIGHTS).stat().st_size:,} bytes and should have "
                             f"{facts['weights_bytes']:,}: the copy is incomplete. Copy the run again.")  # fmt: skip
-        answers = {"answers": [], "temperature": 1.0}
+        answers: dict[str, Any] = {"answers": [], "temperature": 1.0}
         if (folder / ANSWERS).is_file():
             answers = json.loads((folder / ANSWERS).read_text())
-        model, report = VLModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        loaded: Any = VLModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        model, report = loaded  # a pair, because of the loading info
         if unfilled := sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]):
-            raise UserError(f"{folder}/{WEIGHTS} does not fit its config.json ({', '.join(unfilled[:3])}, ...): it was written "
-                            "by another version. Train it again, or install the version that wrote it.")  # fmt: skip
+            raise UserError(f"{folder}/{WEIGHTS} does not fit its config.json ({', '.join(unfilled[:3])}, ...): it was "
+                            "written by another version. Train it again, or install the version that "
+                            "wrote it.")  # fmt: skip
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(folder, model.to(device), Processor.load(folder), answers["answers"], answers["temperature"], facts)  # type: ignore[arg-type]
+        return cls(folder, model.to(device), Processor.load(folder), answers["answers"], answers["temperature"], facts)
 
     # ---------------------------------------------------------------------------------------------------- vectors
 
@@ -139,7 +142,8 @@ class Run:
     @torch.inference_mode()
     def encode_pictures(self, pictures: Iterable[Image.Image], batch: int = 32) -> np.ndarray:
         """-> (N, D) float32, L2-normalised; any iterable, only one batch of it is held at a time."""
-        parts = [self.model.encode_image(self._pixels(chunk)).float().cpu().numpy() for chunk in chunks(pictures, batch)]
+        pixels = map(self._pixels, chunks(pictures, batch))
+        parts = [self.model.encode_image(p).float().cpu().numpy() for p in pixels]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
     # --------------------------------------------------------------------------------------------------- the fused
@@ -162,7 +166,8 @@ class Run:
         """One question each -> (N, A) logits over the answer list."""
         if not self.can_answer:
             raise UserError(f"the run in {self.folder} does not answer questions: train it with the vqa objective.")
-        out = self.model.fuse(self.model.half_text(*self._words(questions)), self.model.half_image(self._pixels(pictures)))
+        text, image = self.model.half_text(*self._words(questions)), self.model.half_image(self._pixels(pictures))
+        out = self.model.fuse(text, image)
         return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
 
     def answer(self, picture: Image.Image, question: str, allowed: list[str] | None = None) -> list[tuple[str, float]]:
@@ -187,8 +192,8 @@ class Run:
         unknown = [a for a in allowed if a.strip().lower() not in index]
         if unknown or not allowed:
             hint = suggest(unknown[0].strip().lower(), index) if unknown else ""
-            raise UserError(f"not among the {len(index)} answers this run knows: {', '.join(unknown) or '(nothing given)'}."
-                            f"{hint}")  # fmt: skip
+            given = ", ".join(unknown) or "(nothing given)"
+            raise UserError(f"not among the {len(index)} answers this run knows: {given}.{hint}")
         return sorted({index[a.strip().lower()] for a in allowed})
 
 

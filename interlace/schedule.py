@@ -49,8 +49,10 @@ class Schedule(nn.Module):
 def fused(fusion: str, streams: str, layers: int, norm: str) -> Segments:
     """The segments for one line of a config: where the streams first meet, and whether they share weights.
 
-    fusion   late: never, only pooled vectors meet (CLIP). mid: in the second half (ALBEF, METER). early: from the first.
-    streams  single: one set of weights, one sequence (UNITER, ViLT). dual: weights of their own, co-attention (ViLBERT).
+    fusion   late: never, only pooled vectors meet (CLIP). mid: in the second half (ALBEF, METER). early: from the
+             first layer on.
+    streams  single: one set of weights, one sequence (UNITER, ViLT). dual: weights of their own, co-attention
+             (ViLBERT).
     At a given number of layers and width all three fusions of one streams setting have the same parameters, so that a
     comparison changes one thing only: every `co` replaces a `both`, every `joint` an `each`.
     """

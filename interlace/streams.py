@@ -114,6 +114,6 @@ def prefix(text_mask: Tensor | None, image_mask: Tensor | None, given: Tensor) -
     past = torch.ones(length, length, dtype=torch.bool, device=given.device).tril().unsqueeze(0)
     words = past | given.unsqueeze(1)  # (B or 1, T, T)
     if text_mask is not None:
-        words = words & _keys(text_mask)
+        words = words & text_mask.bool().unsqueeze(1)
     nothing = torch.zeros(1, 1, length, dtype=torch.bool, device=given.device)
     return Visibility(tt=words, ti=_keys(image_mask), it=nothing, ii=_keys(image_mask))

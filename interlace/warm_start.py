@@ -1,22 +1,24 @@
-"""Stems that begin aligned. On a few thousand pairs a closed form beats hundreds of steps from a random start, so the steps
-begin where the closed form ends: image cells are mapped into the space of the sentence tower before anything is learned.
+"""Stems that begin aligned. On a few thousand pairs a closed form beats hundreds of steps from a random start, so the
+steps begin where the closed form ends: image cells are mapped into the space of the sentence tower before anything is
+learned.
 
     text:   y -> P (y - mean y)          P: the first D principal directions of the captions' mean states
-    image:  x -> W' (x - mean x)         W = (X'X + s I)^-1 X'Y: ridge regression of the captions' vectors on the pictures'
+    image:  x -> W' (x - mean x)         W = (X'X + s I)^-1 X'Y: ridge regression of captions' vectors on pictures'
     layers: residual branches end in zeros (Zhang et al. 2019, arXiv:1901.09321), so the first forward is this map
 
-Because W is linear and a picture's vector is the mean over its cells, single cells land in the words' space too, which is
-where the fusion layers compare them.
+Because W is linear and a picture's vector is the mean over its cells, single cells land in the words' space too, which
+is where the fusion layers compare them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from interlace.embed.stem import ImageTower, TextTower
 from interlace.layers import Attend, FeedForward
 from interlace.tasks.baselines import ridge_alignment
 
@@ -51,11 +53,12 @@ def align_stems(model: VLModel, states: States, source: Source, split: str = "tr
     groups = [source.group(int(rows[n])) for n in places]
     if len(set(groups)) < 20:
         return None
-    pictures = np.stack([states.images[n].astype(np.float32).mean((0, 1)) for n in places])  # (N, C): over views and cells
+    # (N, C): over views and cells
+    pictures = np.stack([states.images[n].astype(np.float32).mean((0, 1)) for n in places])
     texts = np.stack([_sentence(states, captions[rows[n]]) for n in places])  # (N, Dt)
     strength = ridge_alignment(pictures, texts, pictures[:1], texts[:1], groups=groups, seed=seed).chosen
 
-    project = model.text.project  # (D, Dt)
+    project = cast(TextTower, model.text).project  # (D, Dt)
     mean_text, mean_picture = texts.mean(0), pictures.mean(0)
     _, _, directions = np.linalg.svd(texts - mean_text, full_matrices=True)
     wide = min(project.out_features, project.in_features)
@@ -69,8 +72,8 @@ def align_stems(model: VLModel, states: States, source: Source, split: str = "tr
     gram = x.T @ x
     solved = np.linalg.solve(gram + strength * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ target)  # (C, D)
     # as long as the words' vectors: ridge shrinks what it cannot predict, and a shrunken stream would speak softly
-    solved *= np.linalg.norm(target) / max(np.linalg.norm(x @ solved), 1e-12)
-    image = model.image.project
+    solved *= float(np.linalg.norm(target)) / max(float(np.linalg.norm(x @ solved)), 1e-12)
+    image = cast(ImageTower, model.image).project
     image.weight.copy_(torch.from_numpy(solved.T.astype(np.float32)))
     image.bias.copy_(-image.weight @ torch.from_numpy(mean_picture))
     return float(strength)

@@ -1,4 +1,4 @@
-"""A row's picture and words -> tensors. Saved beside the weights, so that a model never meets other pixels than its own."""
+"""A row's picture and words -> tensors. Saved beside the weights: a model never meets other pixels than its own."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Augment:
 
 @dataclass
 class Processor:
-    """`size`: side in pixels. `fit`: "pad" keeps the shape on white, "squash" stretches to the square (BLIP's evaluation),
-    "crop" takes the centre. `max_length`: tokens, longer texts are cut."""
+    """`size`: side in pixels. `fit`: "pad" keeps the shape on white, "squash" stretches to the square (BLIP's
+    evaluation), "crop" takes the centre. `max_length`: tokens, longer texts are cut."""
 
     tokenizer: Any
     size: int = 224

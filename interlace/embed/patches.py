@@ -43,7 +43,7 @@ class PatchEmbedding(nn.Module):
             raise UserError(f"a picture of {pixels.shape[-1]}x{pixels.shape[-2]} pixels is smaller than one patch "
                             f"({self.patch}): resize it to at least that.")  # fmt: skip
         cells = self.project(pixels)  # (B, D, h/p, w/p)
-        positions = self.positions
+        positions: Tensor = self.positions
         if cells.shape[-2:] != (self.side, self.side):
             grid = positions[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
             grid = F.interpolate(grid, cells.shape[-2:], mode="bicubic", align_corners=False)

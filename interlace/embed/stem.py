@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from interlace import towers
 from interlace.embed.base import Embedder
@@ -31,8 +31,8 @@ class TextStem(Embedder):
 
 @dataclass
 class ImageStem(Embedder):
-    """`tower`: the configuration of a transformers vision model. `cells`: how many grid cells it gives at `size` pixels,
-    after `prefix` tokens that are none (class token, registers)."""
+    """`tower`: the configuration of a transformers vision model. `cells`: how many grid cells it gives at `size`
+    pixels, after `prefix` tokens that are none (class token, registers)."""
 
     tower: dict[str, Any] = field(default_factory=dict)
     size: int = 224  # pixels
@@ -48,7 +48,7 @@ class ImageStem(Embedder):
         return ImageTower(self)
 
 
-def empty_tower(config: dict[str, Any]) -> nn.Module:
+def empty_tower(config: dict[str, Any]) -> PreTrainedModel:
     """The tower with random weights, from its configuration alone."""
     config = dict(config)
     model_type = config.pop("model_type", None)
@@ -109,5 +109,6 @@ class ImageTower(nn.Module):
         states = self.states(pixels) if states is None else states  # type: ignore[arg-type]
         if states.shape[1] != self.positions.shape[1]:
             raise UserError(f"the tower gave {states.shape[1]} cells for a picture, "
-                            f"the model was made for {self.positions.shape[1]}: use the size it was trained with.")  # fmt: skip
+                            f"the model was made for {self.positions.shape[1]}: "
+                            "use the size it was trained with.")  # fmt: skip
         return self.project(states) + self.positions

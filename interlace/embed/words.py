@@ -44,8 +44,9 @@ class WordEmbedding(nn.Module):
         the positions."""
         length = start + input_ids.shape[1]
         if length + self.first > self.positions.num_embeddings:
-            raise UserError(f"a text of {length} tokens, but the model has {self.positions.num_embeddings - self.first} "
-                            f"positions: lower the maximum length or truncate.")  # fmt: skip
+            limit = self.positions.num_embeddings - self.first
+            raise UserError(f"a text of {length} tokens, but the model has {limit} positions: "
+                            "lower the maximum length or truncate.")  # fmt: skip
         at = torch.arange(self.first + start, self.first + length, device=input_ids.device)
         x = self.words(input_ids) + self.positions(at)  # (B, T, D)
         if self.types is not None:

@@ -17,8 +17,8 @@ class VQA(Objective):
     Columns: image, question, answers with weights. Hides: nothing. Sees: everyone sees everyone. Head: answers.
     Logs: vqa, vqa_accuracy (the soft score of the answer on top).
 
-    One question of the picture is drawn a visit, by (seed, epoch, row). Answers outside the list are dropped; a question
-    none of whose answers is in the list is not scored.
+    One question of the picture is drawn a visit, by (seed, epoch, row). Answers outside the list are dropped; a
+    question none of whose answers is in the list is not scored.
     """
 
     name = "vqa"
