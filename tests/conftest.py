@@ -15,10 +15,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # tiny models: a second thread only waits, and spins while it does
 
-COLOURS = {"red": "#d62728", "green": "#2ca02c", "blue": "#1f3fb4", "yellow": "#e8c500", "black": "#111111", "pink": "#ff7fc8"}
+COLOURS = {"red": "#d62728", "green": "#2ca02c", "blue": "#1f3fb4", "yellow": "#e8c500", "black": "#111111",
+           "pink": "#ff7fc8"}  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "bar")
-WORDS = [*COLOURS, *SHAPES, "a", "an", "is", "it", "what", "shape", "colour", "picture", "of", "which", "the", "round", "yes",
-         "no", "?", ",", ".", "small", "large", "which", "does", "have"]  # fmt: skip
+WORDS = [*COLOURS, *SHAPES, "a", "an", "is", "it", "what", "shape", "colour", "picture", "of", "which", "the", "round",
+         "yes", "no", "?", ",", ".", "small", "large", "which", "does", "have"]  # fmt: skip
 
 
 def draw_shape(colour: str, shape: str, variant: int, size: int = 48) -> Image.Image:
@@ -52,11 +53,14 @@ def write_shapes(folder: Path, variants: int = 8) -> Path:
                 split = {0: "test", 1: "val"}.get(v, "train")
                 rows.append({"id": name, "image": f"pictures/{name}.png", "caption": f"a {colour} {shape}",
                              "name": f"{colour} {shape} {v}", "group": f"{colour}-{shape}", "split": split,
-                             "colour": colour, "shape": shape, "size_px": 2 * (9 + v % 7), "round": shape == "circle"})  # fmt: skip
-                for kind, question, answer in (("colour", "what colour is it?", colour), ("shape", "what shape is it?", shape),
-                                               ("round", "is it round?", "yes" if shape == "circle" else "no")):  # fmt: skip
-                    questions.append({"question_id": f"{name}-{kind}", "image": f"pictures/{name}.png", "question": question,
-                                      "answer": [answer], "kind": kind, "pair_id": name})  # fmt: skip
+                             "colour": colour, "shape": shape, "size_px": 2 * (9 + v % 7),
+                             "round": shape == "circle"})  # fmt: skip
+                asked = [("colour", "what colour is it?", colour), ("shape", "what shape is it?", shape),
+                         ("round", "is it round?", "yes" if shape == "circle" else "no")]  # fmt: skip
+                for kind, question, answer in asked:
+                    questions.append({"question_id": f"{name}-{kind}", "image": f"pictures/{name}.png",
+                                      "question": question, "answer": [answer], "kind": kind,
+                                      "pair_id": name})  # fmt: skip
     with open(folder / "pairs.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -77,8 +81,9 @@ def write_text_tower(folder: Path, width: int = 32) -> Path:
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     words.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])])
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                            sep_token="[SEP]", mask_token="[MASK]", model_max_length=32).save_pretrained(folder)  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                        sep_token="[SEP]", mask_token="[MASK]", model_max_length=32)  # fmt: skip
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(vocabulary), hidden_size=width, num_hidden_layers=1, num_attention_heads=4,
                         intermediate_size=2 * width, max_position_embeddings=32)  # fmt: skip
@@ -94,8 +99,8 @@ def toy_settings(shapes: Path, tower: Path, out: Path, **train):
 
     return Settings(
         data=DataSettings(source=str(shapes)),
-        model=Composition(text=str(tower), image="patches", patch=8, size=48, layers=2, width=32, heads=4, max_length=16,
-                          dropout=0.0),
+        model=Composition(text=str(tower), image="patches", patch=8, size=48, layers=2, width=32, heads=4,
+                          max_length=16, dropout=0.0),
         augment=Augment(smallest_crop=0.9, flip=True, colour=0.05),
         objectives={"itc": {"size": 32}, "itm": {"negatives": "both"}, "vqa": {}},
         train=TrainSettings(**{"out": str(out), "steps": 160, "batch": 40, "lr": 3e-3, "text_lr": 3e-3, "log_every": 10,

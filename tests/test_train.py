@@ -16,7 +16,8 @@ from tests.conftest import draw_shape, toy_settings
 def test_the_run_folder_holds_everything(run_folder):
     names = {p.name for p in run_folder.iterdir()}
     assert names >= {"model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json", "answers.json",
-                     "metrics.json", "config.yaml", "data.json", "log.jsonl", "loss.png", "README.md", "run.json"}  # fmt: skip
+                     "metrics.json", "config.yaml", "data.json", "log.jsonl", "loss.png", "README.md",
+                     "run.json"}  # fmt: skip
     with Image.open(run_folder / "loss.png") as plot:
         assert plot.width > 500
     logged = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
@@ -70,7 +71,7 @@ def test_training_again_finds_the_run_finished_and_other_settings_are_refused(ru
     assert train(toy_settings(shapes, text_tower, run_folder)) == run_folder
     assert (run_folder / "model.safetensors").stat().st_mtime_ns == before
     assert "finished already" in capsys.readouterr().out
-    with pytest.raises(UserError, match="train.lr was 0.003, is 0.1"):
+    with pytest.raises(UserError, match=r"train\.lr was 0\.003, is 0\.1"):
         train(toy_settings(shapes, text_tower, run_folder, lr=0.1))
 
 

@@ -150,7 +150,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(fusion):
     for n, m in enumerate(micro):
         rest = [k for k in range(4) if k != n]
         others = Others(torch.cat([vectors[k][1] for k in rest]), torch.cat([vectors[k][0] for k in rest]),
-                        torch.cat([micro[k]["group"] for k in rest]), torch.cat([micro[k]["caption_real"] for k in rest]), 4)  # fmt: skip
+                        torch.cat([micro[k]["group"] for k in rest]),
+                        torch.cat([micro[k]["caption_real"] for k in rest]), 4)  # fmt: skip
         piece = pieces(others=others, **m)["loss"] / 4  # the trainer's division
         piece.backward()
         total += piece.item()

@@ -224,5 +224,6 @@ def test_matching_that_did_not_help_on_validation_has_no_say_unless_asked(world)
 
     run = Untrusted(plain.folder)
     assert all(hit.match is None for hit in search(index, run, text="red", k=5))
-    asked, plain_order = search(index, run, text="red", k=5, rerank=True), search(index, run, text="red", k=5, rerank=False)
+    asked = search(index, run, text="red", k=5, rerank=True)
+    plain_order = search(index, run, text="red", k=5, rerank=False)
     assert all(hit.match is not None for hit in asked) and [h.id for h in asked] == [h.id for h in plain_order]
