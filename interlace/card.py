@@ -58,9 +58,11 @@ def model_card(out: Path, settings: Settings, model: VLModel, facts: dict[str, A
     metrics = json.loads(file.read_text()) if file.is_file() else None
     data = json.loads((out / "data.json").read_text())
     count, learnt = facts["parameters"], facts["trained"]
+    made = settings.model
     results = f"""## Results
 
-Split `{metrics["split"]}`, {metrics["rows"]} rows, per cent. Blind: the same model shown another row's picture or a white one.
+Split `{metrics["split"]}`, {metrics["rows"]} rows, per cent. Blind: the same model shown another row's picture or a
+white one.
 
 {markdown(metrics)}
 """ if metrics else ""  # fmt: skip
@@ -70,8 +72,8 @@ tags: [vision-language, image-text-retrieval, visual-question-answering]
 ---
 # {out.name}
 
-{settings.model.fusion.capitalize()} fusion, {settings.model.streams} stream, {settings.model.layers} layers of width {settings.model.width}
-over `{settings.model.image}` ({settings.model.size} pixels) and `{settings.model.text}`. {count / 1e6:.1f} M parameters, of
+{made.fusion.capitalize()} fusion, {made.streams} stream, {made.layers} layers of width {made.width}
+over `{made.image}` ({made.size} pixels) and `{made.text}`. {count / 1e6:.1f} M parameters, of
 which {learnt / 1e6:.1f} M were trained, by {", ".join(settings.objectives)}, for {facts["steps"]} steps of
 {settings.train.batch} rows in {facts["train_seconds"] / 60:.1f} minutes.
 
@@ -81,8 +83,8 @@ which {learnt / 1e6:.1f} M were trained, by {", ".join(settings.objectives)}, fo
 
 ## Data
 
-`{data["source"]}`: {data["rows"]} rows, {data["questions"]} questions; {facts["skipped"]} pictures skipped as unreadable.
-Fingerprint `{data["fingerprint"][:16]}`. Licence: {data["licence"] or "not stated"}
+`{data["source"]}`: {data["rows"]} rows, {data["questions"]} questions; {facts["skipped"]} pictures skipped as
+unreadable. Fingerprint `{data["fingerprint"][:16]}`. Licence: {data["licence"] or "not stated"}
 
 {results}
 ![losses](loss.png)
