@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from interlace import __version__
-from interlace.errors import UserError, suggest
+from interlace.errors import Stopped, UserError, suggest
 
 SOURCE_HELP = ("a sample set (furniture, food, interiors), a folder of pictures, a CSV/TSV/JSON/JSONL/Parquet file, an HF "
                "dataset on disk, WebDataset shards; several joined by commas")  # fmt: skip
@@ -91,20 +91,16 @@ def train_run(args: argparse.Namespace) -> int:
     settings = load_settings(config, overrides)
     if not settings.data.source:
         raise UserError("no data: set data.source to a sample set's name or a path, for instance data.source=furniture.")
-    from interlace.run import MARK
     from interlace.train import train
 
     out = train(settings)
-    if (out / MARK).is_file():
-        metrics = out / "metrics.json"
-        if metrics.is_file() and int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
+        if (out / "metrics.json").is_file():
             from interlace.evaluate import print_metrics
 
-            print_metrics(json.loads(metrics.read_text()))
+            print_metrics(json.loads((out / "metrics.json").read_text()))
         print(f"run folder: {out}")
-        return 0
-    print(f"stopped; the same command resumes from {out}/checkpoints")
-    return 143
+    return 0
 
 
 def evaluate_run(args: argparse.Namespace) -> int:
@@ -280,6 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except BrokenPipeError:  # `interlace search ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -11,6 +11,14 @@ class UserError(Exception):
     what came instead, and the likely fix."""
 
 
+class Stopped(Exception):
+    """A signal ended a long run, and what it had done is kept. `exit_code` is what a shell would report: 143, 130."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'furniture'?"` for the nearest of `known`, or the empty string when nothing is near."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)

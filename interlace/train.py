@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from interlace.data.batches import Collate, EpochSampler, Samples
 from interlace.data.processor import Processor
 from interlace.data.rows import Source
 from interlace.data.sources import open_source
-from interlace.data.states import frozen_states
-from interlace.errors import UserError
+from interlace.data.states import States, frozen_states
+from interlace.errors import Stopped, UserError
 from interlace.learner import Learner
 from interlace.objectives import Objective, Others, build_objective
 from interlace.objectives.itc import gather
@@ -171,10 +172,17 @@ class CollapseAlarm(TrainerCallback):
                     print(f"\nCOLLAPSE at step {state.global_step}: {why}", flush=True)
 
 
-def train(settings: Settings) -> Path:
+Made = tuple[Learner, Processor]
+Maker = Callable[[Settings, list[tuple[Objective, float]]], Made]
+
+
+def train(settings: Settings, source: Source | None = None, make: Maker | None = None) -> Path:
     """Trains, or resumes, or finds the run already finished; returns the run folder.
 
-    Raises UserError for settings or data that cannot work.
+    `source`: rows of your own reader instead of `settings.data.source`. `make`: builds the learner and its processor
+    where `settings.model` cannot say it (segments of your own, a preset); default `make_learner`.
+
+    Raises UserError for settings or data that cannot work, Stopped when SIGTERM or Ctrl-C ended it.
     """
     out = Path(settings.train.out).expanduser()
     if (out / MARK).is_file():
@@ -184,34 +192,44 @@ def train(settings: Settings) -> Path:
     t = settings.train
     if t.batch % t.accumulate:
         raise UserError(f"train.batch {t.batch} does not divide into train.accumulate {t.accumulate} micro-batches.")
-    torch.manual_seed(t.seed)
-    source = open_source(settings.data.source, columns=settings.data.columns or None)
-    objectives = build_objectives(settings, source)
-    learner, processor = make_learner(settings, objectives)
-    states = frozen_states(learner, processor, source, "train", t.seed, settings.data.views,
-                           settings.data.keep_states_gb * 1e9)  # fmt: skip
-    strength = None
-    if states is not None and settings.model.align:
-        strength = align_stems(learner, states, source, seed=t.seed)
-        print("stems start random: too few captions to fit them" if strength is None else
-              f"stems start aligned: ridge regression, strength {strength:g} by cross-validation")  # fmt: skip
-    samples = Samples(source, "train", processor, [o for o, _ in objectives], t.seed, states=states)
-    if len(samples) < t.batch // t.accumulate:
-        raise UserError(f"the train split of {source.name} has {len(samples)} rows, fewer than one batch of {t.batch}: set "
-                        f"train.batch={max(2, len(samples) // 2)}.")  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     _same_settings(out, settings)
+    torch.manual_seed(t.seed)
+    source = source or open_source(settings.data.source, columns=settings.data.columns or None)
+    rows = len(source.indices("train"))
+    if rows < t.batch:
+        raise UserError(f"the train split of {source.name} has {rows} rows, fewer than one batch of {t.batch}: set "
+                        f"train.batch={max(2, rows // 2)}.")  # fmt: skip
+    objectives = build_objectives(settings, source)
+    learner, processor = (make or make_learner)(settings, objectives)
+    arguments = _arguments(settings, out)
+    learner.to(arguments.device)
+    states, aligned = _prepare_stems(settings, source, learner, processor)
+    samples = Samples(source, "train", processor, [o for o, _ in objectives], t.seed, states=states)
+    out.mkdir(parents=True, exist_ok=True)
     settings.save(out / "config.yaml")
     write_json(out / "data.json", describe_data(source))
-    trainer = VLTrainer(learner=learner, settings=settings, aligned=strength is not None, args=_arguments(settings, out), train_dataset=samples,
+    trainer = VLTrainer(learner=learner, settings=settings, aligned=aligned, args=arguments, train_dataset=samples,
                         data_collator=Collate(processor, states), log_file=out / LOG, progress_seconds=10)  # fmt: skip
-    trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, len(samples)) // 5)))
+    trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, rows) // 5)))
     trainer.train(resume_from_checkpoint=newest_complete(out / CHECKPOINTS) is not None)
     if trainer.stopped_by is not None:
-        return out
-    if trainer.is_world_process_zero():
+        raise Stopped(f"stopped at step {trainer.state.global_step}; the same command resumes from {out / CHECKPOINTS}",
+                      trainer.exit_code)  # fmt: skip
+    if trainer.is_world_process_zero():  # the other ranks are done; their results are in rank 0's model
         finish(out, settings, learner, processor, objectives, source, trainer)
     return out
+
+
+def _prepare_stems(settings: Settings, source: Source, learner: Learner,
+                   processor: Processor) -> tuple[States | None, bool]:  # fmt: skip
+    """What frozen towers say, and whether the projections over them now start aligned."""
+    states = frozen_states(learner, processor, source, "train", settings.data.views, settings.data.keep_states_gb * 1e9)
+    if states is None or not settings.model.align:
+        return states, False
+    strength = align_stems(learner, states, source)
+    print("stems start unaligned: both towers must be frozen, over at least 20 groups of captions" if strength is None else
+          f"stems start aligned: ridge regression, strength {strength:g} by cross-validation")  # fmt: skip
+    return states, strength is not None
 
 
 def make_learner(settings: Settings, objectives: list[tuple[Objective, float]]) -> tuple[Learner, Processor]:
@@ -243,6 +261,7 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         max_grad_norm=t.clip,
         seed=t.seed,
         bf16=t.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else ranks on a machine without GPU do not find each other
         save_strategy="steps",
         save_steps=t.checkpoint_every,
         save_total_limit=2,

@@ -1,5 +1,6 @@
 """Training processes that die: what they had acknowledged is there, and going on gives the same weights bit for bit."""
 
+import contextlib
 import json
 import os
 import signal
@@ -48,13 +49,15 @@ def steps_logged(out: Path) -> int:
 
 
 def run_until(config: Path, out: Path, step: int, number: int, *more: str) -> int:
-    process = subprocess.Popen(command(config, out, *more), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command(config, out, *more), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE)  # fmt: skip
     deadline = time.monotonic() + 240
     while steps_logged(out) < step:
-        if process.poll() is not None or time.monotonic() > deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.05)  # it should not end here
+        if process.returncode is not None or time.monotonic() > deadline:
             process.kill()
             raise AssertionError(f"ended before step {step}: {process.communicate()[1].decode()[-2000:]}")
-        os.sched_yield()
     process.send_signal(number)
     process.communicate()
     return process.returncode
@@ -85,3 +88,39 @@ def test_loader_processes_change_nothing(config, uninterrupted, tmp_path):
 
 def test_the_resolved_config_runs_again(config, tmp_path):
     assert load_settings(config, ["train.lr=1e-3"]).train.lr == 1e-3
+
+
+def test_frozen_towers_are_kept_and_resumed_bit_for_bit(shapes, text_tower, tmp_path_factory, monkeypatch, tmp_path):
+    """The run reads what its frozen text tower said from a store; killed and resumed it reads the same numbers, and
+    without the store the weights agree up to the store's half precision."""
+    from tests.conftest import toy_settings
+
+    settings = toy_settings(shapes, text_tower, Path("unused"), steps=STEPS, checkpoint_every=EVERY, log_every=1,
+                            evaluate=False, batch=16, text_lr=0.0)  # fmt: skip
+    file = tmp_path_factory.mktemp("frozen") / "config.yaml"
+    settings.save(file)
+    monkeypatch.setitem(ENVIRONMENT, "INTERLACE_CACHE", str(tmp_path / "cache"))
+    subprocess.run(command(file, tmp_path / "whole"), check=True, capture_output=True, env=ENVIRONMENT)
+    stores = list((tmp_path / "cache" / "states").glob("*/done.json"))
+    assert len(stores) == 1
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert run_until(file, tmp_path / "run", EVERY + 4, signal.SIGKILL) == -9
+    subprocess.run(command(file, tmp_path / "run"), check=True, capture_output=True, env=ENVIRONMENT)
+    equal(tmp_path / "run", whole)
+    subprocess.run(command(file, tmp_path / "live", "data.keep_states_gb=0"), check=True, capture_output=True, env=ENVIRONMENT)
+    live = load_file(tmp_path / "live" / "model.safetensors")
+    assert all((live[n] - whole[n]).abs().max() < 0.05 for n in whole if n.startswith("text.project"))
+    tower = [n for n in whole if n.startswith("text.tower.")]
+    assert tower and all((live[n] == whole[n]).all() for n in tower)
+
+
+def test_two_ranks_train_one_run(config, tmp_path):
+    """Started by torchrun on a machine without GPU: the ranks share one run, and both end well."""
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, "-m", "interlace.cli", "train", str(config), f"train.out={out}", "train.batch=8"],
+                          capture_output=True, text=True, env=ENVIRONMENT, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((out / "run.json").read_text())["steps"] == STEPS
+    losses = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"itc_chance"' in line]
+    assert len(losses) == STEPS and losses[0]["itc_chance"] == pytest.approx(2.7726, abs=1e-3)  # ln 16: both ranks' rows

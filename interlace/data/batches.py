@@ -126,7 +126,7 @@ class Collate:
         }
         for name in samples[0]["texts"]:
             texts = [s["texts"][name] for s in samples]
-            if self.states is not None and self.states.words is not None:
+            if self.states is not None and self.states.knows(texts):
                 batch[f"{name}_states"], batch[f"{name}_mask"] = self.states.texts(texts)
             else:
                 batch[f"{name}_ids"], batch[f"{name}_mask"] = self.processor.texts(texts)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 BATCH = 32
 DONE = "done.json"
-FIRST_VIEW = 10_000_019  # views are drawn as epochs that no run reaches
 
 
 class States:
@@ -56,6 +55,10 @@ class States:
         assert self.images is not None
         return torch.from_numpy(self.images[position, view].astype(np.float32))
 
+    def knows(self, texts: list[str]) -> bool:
+        """False when one of them is neither a caption nor a question of the split: the tower has to run for it."""
+        return self.words is not None and all(t in self.place for t in texts)
+
     def texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """-> states (B, T, C) float32 padded with zeros, mask (B, T)."""
         assert self.words is not None
@@ -68,7 +71,7 @@ class States:
         return torch.from_numpy(states), torch.from_numpy(mask)
 
 
-def frozen_states(model: VLModel, processor: Processor, source: Source, split: str, seed: int, views: int,
+def frozen_states(model: VLModel, processor: Processor, source: Source, split: str, views: int,
                   most_bytes: float) -> States | None:  # fmt: skip
     """The store for the towers that are frozen in `model`; None when nothing is frozen or it would be larger than
     `most_bytes`. Built on first use, under a lock, aside and renamed; several ranks and runs may ask at once."""
@@ -83,7 +86,7 @@ def frozen_states(model: VLModel, processor: Processor, source: Source, split: s
         print(f"frozen towers run at every step: their states would take {need / 1e9:.1f} GB, more than "
               f"data.keep_states_gb={most_bytes / 1e9:g}")  # fmt: skip
         return None
-    folder = cache_folder() / "states" / _name(model, processor, source, split, seed, views)
+    folder = cache_folder() / "states" / _name(model, processor, source, split, views)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / DONE).is_file():
@@ -95,7 +98,7 @@ def frozen_states(model: VLModel, processor: Processor, source: Source, split: s
             was_training = model.training
             model.eval()
             if image:
-                facts["unreadable"] = _write_images(model, processor, source, rows, seed, views, work)
+                facts["unreadable"] = _write_images(model, processor, source, rows, views, work)
             if text:
                 _write_texts(model, processor, source, split, work)
             model.train(was_training)
@@ -104,10 +107,10 @@ def frozen_states(model: VLModel, processor: Processor, source: Source, split: s
     return States(folder)
 
 
-def _name(model: VLModel, processor: Processor, source: Source, split: str, seed: int, views: int) -> str:
+def _name(model: VLModel, processor: Processor, source: Source, split: str, views: int) -> str:
     digest = hashlib.sha256()
     shape = {k: v for k, v in asdict_shallow(processor).items() if k != "tokenizer"}
-    digest.update(json.dumps([shape, source.fingerprint, split, seed, views, model.frozen], sort_keys=True).encode())
+    digest.update(json.dumps([shape, source.fingerprint, split, views, model.frozen], sort_keys=True).encode())
     for stream in model.frozen:
         for name, tensor in getattr(model, stream).tower.state_dict().items():
             digest.update(name.encode())
@@ -116,7 +119,7 @@ def _name(model: VLModel, processor: Processor, source: Source, split: str, seed
 
 
 @torch.no_grad()
-def _write_images(model: VLModel, processor: Processor, source: Source, rows: np.ndarray, seed: int, views: int,
+def _write_images(model: VLModel, processor: Processor, source: Source, rows: np.ndarray, views: int,
                   work: Path) -> dict[int, str]:  # fmt: skip
     spec, unreadable = model.config.image, {}
     out = np.lib.format.open_memmap(work / "images.npy", "w+", np.float16, (len(rows), views, spec.cells, spec.channels))
@@ -136,7 +139,7 @@ def _write_images(model: VLModel, processor: Processor, source: Source, rows: np
             unreadable[position] = bad.reason
             continue
         for view in range(views):
-            rng = np.random.default_rng([seed, FIRST_VIEW + view, int(row)])
+            rng = np.random.default_rng([view, int(row)])  # not by the run's seed: runs of all seeds share the store
             waiting.append((position, view, processor.picture(picture, rng)))
             if len(waiting) == BATCH:
                 flush()
