@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,8 @@ def load_settings(file: str | Path | None, overrides: list[str] | None = None) -
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not YAML: {error}") from None
         if not isinstance(given, dict):
-            raise UserError(f"{path}: expected a mapping with {', '.join(_names(Settings))}; got {type(given).__name__}.")
+            raise UserError(f"{path}: expected a mapping with {', '.join(_names(Settings))}; "
+                            f"got {type(given).__name__}.")  # fmt: skip
     given.setdefault("objectives", Settings().objectives)
     for override in overrides or []:
         key, sign, text = override.partition("=")
@@ -93,26 +95,63 @@ def load_settings(file: str | Path | None, overrides: list[str] | None = None) -
         _lay(given, key.strip().split("."), value, override)
     # an objective without options may be written as a bare line, `itc:`, and left out again by `objectives.itm=false`
     if isinstance(given["objectives"], dict):
-        given["objectives"] = {name: options or {} for name, options in given["objectives"].items() if options is not False}
+        asked = given["objectives"].items()
+        given["objectives"] = {name: options or {} for name, options in asked if options is not False}
     _check_keys(Settings, given, "")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Settings, None)
     try:
         return Settings(**parser.instantiate(parser.parse_object(given)))
     except argparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(_plainly(error)) from None
+
+
+def _plainly(error: argparse.ArgumentError) -> str:
+    """What jsonargparse says of a wrong type, as "train.lr: expected a number, got 'fast'."."""
+    text = " ".join(str(error).split())
+    found = re.fullmatch(r'Parser key "([\w.]+)": .*?(?:Got|Given) value: (.*)', text)
+    if found is None:
+        return text
+    key, got = found.groups()
+    hint: Any = Settings
+    for part in key.split("."):
+        hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return f"{key}: expected {WORDS[hint]}, got {got!r}." if hint in WORDS else text
+
+
+WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+    str | list[str]: "a text or a list of texts",
+    dict[str, str]: "names of columns, ours to theirs, such as {caption: title}",
+}  # fmt: skip
 
 
 def find_recipe(file: str | Path) -> Path:
-    """A path, or the name of a recipe that ships with the package."""
+    """A path, or the name of a recipe that ships with the package. Raises UserError when there is none, and when what
+    is named is data or a run."""
     path = Path(file).expanduser()
+    shipped = {p.stem: p for p in (Path(__file__).parent / "recipes").glob("*.yaml")}
+    if str(file) in shipped and not path.is_file():
+        return shipped[str(file)]
+    if path.is_dir() and (path / "config.yaml").is_file():
+        raise UserError(f"{file} is a run folder, not a config: give {file}/config.yaml to go on with it.")
+    if _is_source(str(file), path):
+        raise UserError(f"{file} is data, not a config: give it as data.source={file}, for instance "
+                        f"`interlace train demo data.source={file}`.")  # fmt: skip
     if path.is_file():
         return path
-    shipped = {p.stem: p for p in (Path(__file__).parent / "recipes").glob("*.yaml")}
-    if str(file) in shipped:
-        return shipped[str(file)]
     raise UserError(f"no config at {path}, and no shipped recipe of that name (there are: "
                     f"{', '.join(sorted(shipped)) or 'none'}).{suggest(str(file), shipped)}")  # fmt: skip
+
+
+def _is_source(name: str, path: Path) -> bool:
+    """Whether someone who names this as a config means the data. A .json is a config as well: YAML includes it."""
+    from interlace.data.samples import SAMPLES
+    from interlace.data.sources.open import TABLES
+
+    if path.is_file():
+        return path.suffix.lower() in {*TABLES, ".tar"} - {".json"}
+    return path.is_dir() or name.endswith(".tar") or all(part in SAMPLES for part in re.split(r"[,+]", name))
 
 
 def _lay(given: dict, keys: list[str], value: Any, override: str) -> None:
@@ -137,6 +176,9 @@ def _check_keys(cls: type, given: Any, at: str) -> None:
     for key, value in given.items():
         where = f"{at}.{key}" if at else str(key)
         if key not in hints:
-            raise UserError(f"unknown key {where!r}; {at or 'a config'} has {', '.join(hints)}.{suggest(str(key), hints)}")
+            raise UserError(f"unknown key {where!r}; {at or 'a config'} has {', '.join(hints)}."
+                            f"{suggest(str(key), hints)}")  # fmt: skip
+        if value is None and hints[key] in WORDS:  # jsonargparse lets nothing pass as a number
+            raise UserError(f"{where}: expected {WORDS[hints[key]]}, got nothing.")
         if dataclasses.is_dataclass(hints[key]):
             _check_keys(typing.cast(type, hints[key]), value, where)

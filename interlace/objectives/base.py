@@ -6,6 +6,8 @@ model side (`loss`) is deterministic given the batch, dropout aside.
 
 from __future__ import annotations
 
+import inspect
+import typing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -112,10 +114,32 @@ def build_objective(name: str, options: dict[str, Any]) -> Objective:
     if name not in Objective.known:
         known = ", ".join(sorted(Objective.known))
         raise UserError(f"no objective is called {name!r} (known: {known}).{suggest(name, Objective.known)}")
+    cls = Objective.known[name]
+    parameters = inspect.signature(cls).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                has = [*parameters, "weight"]  # the weight is taken out by whoever sums the losses
+                raise UserError(f"objective {name} has no option {option!r}; it has {', '.join(has)}."
+                                f"{suggest(str(option), has)}")  # fmt: skip
     try:
-        return Objective.known[name](**options)
+        hints = typing.get_type_hints(cls.__init__)
+    except NameError:  # a hint that is imported for type checkers only
+        hints = {}
+    for option, value in options.items():
+        _check_type(f"objectives.{name}.{option}", value, hints.get(option))
+    try:
+        return cls(**options)
     except TypeError as error:
         raise UserError(f"objective {name}: {error}") from None
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    """Raises UserError for a text where a number is expected and the like; other types are the objective's to check."""
+    fits = {int: int, float: (int, float), str: str, bool: bool}
+    if hint in fits and (not isinstance(value, fits[hint]) or isinstance(value, bool) != (hint is bool)):
+        words = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+        raise UserError(f"{key}: expected {words[hint]}, got {value!r}.")
 
 
 def mean(values: Tensor, real: Tensor) -> Tensor:
