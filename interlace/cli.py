@@ -13,8 +13,8 @@ from typing import Any
 from interlace import __version__
 from interlace.errors import Stopped, UserError, suggest
 
-SOURCE_HELP = ("a sample set (furniture, food, interiors), a folder of pictures, a CSV/TSV/JSON/JSONL/Parquet file, an HF "
-               "dataset on disk, WebDataset shards; several joined by commas")  # fmt: skip
+SOURCE_HELP = ("a sample set (furniture, food, interiors), a folder of pictures, a CSV/TSV/JSON/JSONL/Parquet file, an "
+               "HF dataset on disk, WebDataset shards; several joined by commas")  # fmt: skip
 
 
 def columns(given: list[str] | None) -> dict[str, str] | None:
@@ -68,7 +68,8 @@ def data_show(args: argparse.Namespace) -> int:
         from interlace.data.processor import Processor
 
         processor = Processor.load(args.run)
-    show(open_table(args), rows=args.rows, processor=processor, tokenizer=None if processor else load_tokenizer(args.text))
+    tokenizer = None if processor else load_tokenizer(args.text)
+    show(open_table(args), rows=args.rows, processor=processor, tokenizer=tokenizer)
     return 0
 
 
@@ -76,7 +77,8 @@ def data_check(args: argparse.Namespace) -> int:
     from interlace.data.check import check
     from interlace.towers import load_tokenizer
 
-    report = check(args.source, columns=columns(args.column), max_length=args.max_length, tokenizer=load_tokenizer(args.text),
+    report = check(args.source, columns=columns(args.column), max_length=args.max_length,
+                   tokenizer=load_tokenizer(args.text),
                    write_groups=Path(args.write_groups) if args.write_groups else None)  # fmt: skip
     return report.exit_status
 
@@ -90,7 +92,8 @@ def train_run(args: argparse.Namespace) -> int:
         overrides, config = [config, *overrides], None
     settings = load_settings(config, overrides)
     if not settings.data.source:
-        raise UserError("no data: set data.source to a sample set's name or a path, for instance data.source=furniture.")
+        raise UserError("no data: set data.source to a sample set's name or a path, for instance "
+                        "data.source=furniture.")  # fmt: skip
     from interlace.train import train
 
     out = train(settings)
@@ -188,7 +191,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"interlace {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, run: Callable[[argparse.Namespace], int], help: str, to: Any = verbs) -> argparse.ArgumentParser:
+    def verb(name: str, run: Callable[[argparse.Namespace], int], help: str,
+             to: Any = verbs) -> argparse.ArgumentParser:  # fmt: skip
         sub = to.add_parser(name, help=help, description=help)
         sub.set_defaults(run_verb=run)
         return sub
@@ -202,7 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
     parts = data.add_subparsers(dest="part", required=True, metavar="get|show|check")
     sub = verb("get", data_get, "bring sample sets to this machine", parts)
     sub.add_argument("names", nargs="+", metavar="NAME", help="furniture, food, interiors")
-    sub.add_argument("--packages", metavar="FOLDER", help="packages downloaded elsewhere, for a machine without network")
+    sub.add_argument("--packages", metavar="FOLDER",
+                     help="packages downloaded elsewhere, for a machine without network")  # fmt: skip
     sub = verb("show", data_show, "print rows, batch shapes and the words the model sees", parts)
     source(sub)
     sub.add_argument("--rows", type=int, default=3)

@@ -16,8 +16,8 @@ from interlace.settings import Settings, load_settings
 from interlace.train import train
 
 
-def compare(config: str | None, overrides: list[str], fusions: list[str], streams: list[str], seeds: list[int], out: Path,
-            split: str = "test") -> dict[str, Any]:  # fmt: skip
+def compare(config: str | None, overrides: list[str], fusions: list[str], streams: list[str], seeds: list[int],
+            out: Path, split: str = "test") -> dict[str, Any]:  # fmt: skip
     """Trains each fusion x streams x seed (finished runs are found again), scores all on `split` of each source, prints
     one table and writes `comparison.json` and `comparison.md` to `out`.
 
@@ -75,14 +75,15 @@ def table(results: list[dict[str, Any]]) -> str:
             for v in variants:
                 scores = [dict(rows_of(r["scores"][source])).get(name, {}) for r in by[v]]
                 cells.append(cell([s["value"] for s in scores if "value" in s], [dark(s) for s in scores]))
-            chance = first.get("chance")
-            lines.append(f"| {source} | {name} | " + " | ".join(cells) + f" | {'' if chance is None else f'{100 * chance:.1f}'} |")
+            chance = "" if first.get("chance") is None else f"{100 * first['chance']:.1f}"
+            lines.append(f"| {source} | {name} | " + " | ".join(cells) + f" | {chance} |")
     seconds = " | ".join(f"{statistics.mean(r['seconds'] for r in by[v]):.0f}" for v in variants)
     trained = " | ".join(f"{by[v][0]['trained'] / 1e6:.2f}" for v in variants)
     lines += [f"| | seconds of training | {seconds} | |", f"| | trained parameters, M | {trained} | |"]
     seeds = len({r["seed"] for r in results})
-    return "\n".join(lines) + (f"\n\nPer cent. Mean over {seeds} seeds; in brackets lowest to highest seed; after the slash "
-                               "the same models blind (another row's picture or a white one, the better).")  # fmt: skip
+    return "\n".join(lines) + (f"\n\nPer cent. Mean over {seeds} seeds; in brackets lowest to highest seed; after the "
+                               "slash the same models blind (another row's picture or a white one, "
+                               "the better).")  # fmt: skip
 
 
 def dark(score: dict[str, Any]) -> float | None:

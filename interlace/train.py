@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ def build_objectives(settings: Settings, source: Source) -> list[tuple[Objective
         if name == "vqa" and not options.get("answers"):
             options["answers"] = answer_list(source, options.get("min_count", 1))
             if not options["answers"]:
-                raise UserError(f"the vqa objective needs questions with answers, and {source.name} has none in its train "
-                                "split: add a questions file, or leave vqa out (objectives.vqa=false).")  # fmt: skip
+                raise UserError(f"the vqa objective needs questions with answers, and {source.name} has none in its "
+                                "train split: add a questions file, or leave vqa out "
+                                "(objectives.vqa=false).")  # fmt: skip
         if name in ("itc", "itm") and not any(c.strip() for c in source.captions().to_pylist()[:1000]):
-            raise UserError(f"the {name} objective needs captions, and the first 1,000 rows of {source.name} have none: "
-                            "name the column (data.columns={caption: ...}) or leave it out.")  # fmt: skip
+            raise UserError(f"the {name} objective needs captions, and the first 1,000 rows of {source.name} have "
+                            "none: name the column (data.columns={caption: ...}) or leave it out.")  # fmt: skip
         built.append((build_objective(name, options), float(weight)))
     if not built:
         raise UserError("no objective is left to learn by: give at least one of itc, itm, vqa.")
@@ -83,8 +85,12 @@ class VLTrainer(SafeTrainer):
             for name, p in self.learner.named_parameters():
                 if not p.requires_grad:
                     continue
-                rate = t.text_lr if name.startswith("text.tower.") else t.image_lr if name.startswith("image.tower.") else t.lr
-                if self.aligned and name.startswith(("text.project.", "image.project.", "heads.contrast.")):
+                rate = t.lr
+                if name.startswith("text.tower."):
+                    rate = t.text_lr
+                elif name.startswith("image.tower."):
+                    rate = t.image_lr
+                elif self.aligned and name.startswith(("text.project.", "image.project.", "heads.contrast.")):
                     rate = t.aligned_lr
                 decay = t.weight_decay if p.ndim > 1 and "positions" not in name else 0.0  # not norms, biases, scales
                 groups.setdefault((rate, decay), []).append(p)
@@ -112,7 +118,8 @@ class VLTrainer(SafeTrainer):
         waiting = []
         for n, state in enumerate(states):
             rest = [v for m, v in enumerate(vectors) if m != n]
-            waiting.append((state, Others(*(torch.cat(column) for column in zip(*rest)), parts=len(samples))))
+            text, image, group, real = (torch.cat(column) for column in zip(*rest))
+            waiting.append((state, Others(text, image, group, real, parts=len(samples))))
         return waiting
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
@@ -128,8 +135,10 @@ class VLTrainer(SafeTrainer):
     def _too_many_skipped(self) -> None:
         if self.asked >= 200 and len(self.skipped) > self.settings.data.max_skipped * self.asked:
             first = ", ".join(f"{row}: {why}" for row, why in list(self.skipped.items())[:3])
-            raise UserError(f"{len(self.skipped)} of the first {self.asked} pictures could not be read ({first}, ...): more "
-                            f"than data.max_skipped={self.settings.data.max_skipped:.0%}. Run `interlace data check`.")  # fmt: skip
+            raise UserError(f"{len(self.skipped)} of the first {self.asked} pictures could not be read ({first}, ...): "
+                            f"more than data.max_skipped={self.settings.data.max_skipped:.0%}. "
+                            "Run `interlace data check`.")  # fmt: skip
+
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -157,12 +166,14 @@ class CollapseAlarm(TrainerCallback):
         signs = {}
         if "itm_positive" in logs:
             share = logs["itm_positive"]
-            signs["itm"] = (share < 0.02 or share > 0.98, f"itm predicts one class ({share:.0%} match): lower train.lr, or "
-                            "start with objectives.itm.negatives=drawn and let itc learn first")  # fmt: skip
+            signs["itm"] = (share < 0.02 or share > 0.98,
+                            f"itm predicts one class ({share:.0%} match): lower train.lr, or start with "
+                            "objectives.itm.negatives=drawn and let itc learn first")  # fmt: skip
         if "itc" in logs:
-            signs["itc"] = (logs["itc"] > 0.98 * logs["itc_chance"], f"itc is at {logs['itc']:.2f}, the loss of knowing "
-                            f"nothing is ln(batch) = {logs['itc_chance']:.2f}: raise train.lr or check that captions belong "
-                            "to their pictures")  # fmt: skip
+            itc, chance = logs["itc"], logs["itc_chance"]
+            signs["itc"] = (itc > 0.98 * chance,
+                            f"itc is at {itc:.2f}, the loss of knowing nothing is ln(batch) = {chance:.2f}: "
+                            "raise train.lr or check that captions belong to their pictures")  # fmt: skip
         for name, (bad, why) in signs.items():
             self.bad[name] = self.bad[name] + 1 if bad else 0
             if self.bad[name] == self.patience:
@@ -202,7 +213,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     objectives = build_objectives(settings, source)
     learner, processor = (make or make_learner)(settings, objectives)
     arguments = _arguments(settings, out)
-    learner.to(arguments.device)
+    learner.to(arguments.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     states, aligned = _prepare_stems(settings, source, learner, processor)
     samples = Samples(source, "train", processor, [o for o, _ in objectives], t.seed, states=states)
     out.mkdir(parents=True, exist_ok=True)
@@ -227,8 +238,10 @@ def _prepare_stems(settings: Settings, source: Source, learner: Learner,
     if states is None or not settings.model.align:
         return states, False
     strength = align_stems(learner, states, source)
-    print("stems start unaligned: both towers must be frozen, over at least 20 groups of captions" if strength is None else
-          f"stems start aligned: ridge regression, strength {strength:g} by cross-validation")  # fmt: skip
+    if strength is None:
+        print("stems start unaligned: both towers must be frozen, over at least 20 groups of captions")
+    else:
+        print(f"stems start aligned: ridge regression, strength {strength:g} by cross-validation")
     return states, strength is not None
 
 
@@ -271,8 +284,8 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         dataloader_drop_last=True,
         dataloader_num_workers=settings.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        # a loader that lives on draws from torch's generator less often than one made anew each epoch; so that the number
-        # of workers changes no weight, none lives on
+        # a loader that lives on draws from torch's generator less often than one made anew each epoch; so that the
+        # number of workers changes no weight, none lives on
         dataloader_persistent_workers=False,
         ddp_find_unused_parameters=True,  # a batch without questions leaves the answer head alone
         activation_checkpointing=t.gradient_checkpointing,
@@ -288,11 +301,12 @@ def _same_settings(out: Path, settings: Settings) -> None:
     if not file.is_file():
         return
     before, now = _flat(yaml.safe_load(file.read_text())), _flat(settings.to_dict())
+    free = ("train.out", "data.workers", "train.keep_checkpoints")
     differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(before.keys() | now.keys())
-              if before.get(k) != now.get(k) and k not in ("train.out", "data.workers", "train.keep_checkpoints")]  # fmt: skip
+              if before.get(k) != now.get(k) and k not in free]  # fmt: skip
     if differ:
-        raise UserError(f"{out} holds a run with other settings ({'; '.join(differ[:3])}). Choose another train.out, or "
-                        "remove the folder.")  # fmt: skip
+        raise UserError(f"{out} holds a run with other settings ({'; '.join(differ[:3])}). Choose another train.out, "
+                        "or remove the folder.")  # fmt: skip
 
 
 def _flat(tree: Any, at: str = "") -> dict[str, Any]:
@@ -322,7 +336,7 @@ def train_seconds(log: Path) -> float:
     from interlace.card import read_log
 
     entries = read_log(log)
-    return sum(b["time"] - a["time"] for a, b in zip(entries, entries[1:]) if b.get("event") != "resumed")
+    return sum(b["time"] - a["time"] for a, b in pairwise(entries) if b.get("event") != "resumed")
 
 
 def finish(out: Path, settings: Settings, learner: Learner, processor: Processor,
@@ -333,7 +347,7 @@ def finish(out: Path, settings: Settings, learner: Learner, processor: Processor
     from interlace.card import model_card, plot_losses
     from interlace.evaluate import evaluate, fit_match_weight, fit_temperature
 
-    answers = next((o.answers for o, _ in objectives if o.name == "vqa"), [])  # type: ignore[attr-defined]
+    answers: list[str] = next((o.answers for o, _ in objectives if o.name == "vqa"), [])  # type: ignore[attr-defined]
     facts = {"name": out.name, "steps": trainer.state.global_step, "train_seconds": train_seconds(out / LOG),
              "parameters": sum(p.numel() for p in learner.parameters()),
              "trained": sum(p.numel() for p in learner.parameters() if p.requires_grad),

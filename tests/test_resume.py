@@ -82,7 +82,8 @@ def test_a_run_that_died_goes_on_to_the_same_weights_bit_for_bit(number, code, c
 
 
 def test_loader_processes_change_nothing(config, uninterrupted, tmp_path):
-    subprocess.run(command(config, tmp_path / "run", "data.workers=2"), check=True, capture_output=True, env=ENVIRONMENT)
+    with_workers = command(config, tmp_path / "run", "data.workers=2")
+    subprocess.run(with_workers, check=True, capture_output=True, env=ENVIRONMENT)
     equal(tmp_path / "run", uninterrupted)
 
 
@@ -107,7 +108,8 @@ def test_frozen_towers_are_kept_and_resumed_bit_for_bit(shapes, text_tower, tmp_
     assert run_until(file, tmp_path / "run", EVERY + 4, signal.SIGKILL) == -9
     subprocess.run(command(file, tmp_path / "run"), check=True, capture_output=True, env=ENVIRONMENT)
     equal(tmp_path / "run", whole)
-    subprocess.run(command(file, tmp_path / "live", "data.keep_states_gb=0"), check=True, capture_output=True, env=ENVIRONMENT)
+    without_store = command(file, tmp_path / "live", "data.keep_states_gb=0")
+    subprocess.run(without_store, check=True, capture_output=True, env=ENVIRONMENT)
     live = load_file(tmp_path / "live" / "model.safetensors")
     assert all((live[n] - whole[n]).abs().max() < 0.05 for n in whole if n.startswith("text.project"))
     tower = [n for n in whole if n.startswith("text.tower.")]
@@ -123,4 +125,5 @@ def test_two_ranks_train_one_run(config, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((out / "run.json").read_text())["steps"] == STEPS
     losses = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"itc_chance"' in line]
-    assert len(losses) == STEPS and losses[0]["itc_chance"] == pytest.approx(2.7726, abs=1e-3)  # ln 16: both ranks' rows
+    # ln 16: both ranks' rows
+    assert len(losses) == STEPS and losses[0]["itc_chance"] == pytest.approx(2.7726, abs=1e-3)

@@ -39,7 +39,7 @@ class Drawer:
 
 
 class QuestionsByRow:
-    """Position of a pair -> positions of its questions, as two arrays: millions of questions do not become Python lists."""
+    """Position of a pair -> positions of its questions, as two arrays: millions of questions do not become lists."""
 
     def __init__(self, source: Source):
         owners = source.question_rows()  # (Q,)

@@ -1,7 +1,7 @@
 """What frozen towers say, computed once. A tower that does not learn gives the same states for the same pixels or words
 every epoch; on a machine without a GPU that is most of a step. So its states of the training split are written down
-before the first step, a few augmented views of each picture, and read back ever after: by this run, when it resumes, and
-by every other run on the same data with the same towers.
+before the first step, a few augmented views of each picture, and read back ever after: by this run, when it resumes,
+and by every other run on the same data with the same towers.
 
 Computed in one fixed order and batch size, so that a resumed run reads exactly the numbers the first one read.
 """
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from interlace.data.rows import Source
 from interlace.towers import cache_folder
 
 if TYPE_CHECKING:
+    from interlace.embed.stem import ImageTower, TextTower
     from interlace.model import VLModel
 
 BATCH = 32
@@ -81,7 +82,9 @@ def frozen_states(model: VLModel, processor: Processor, source: Source, split: s
     if not (image or text):
         return None
     cells, channels = (model.config.image.cells, model.config.image.channels) if image else (0, 0)
-    need = len(rows) * (views * cells * channels * 2 + (2 * 20 * model.text.tower.config.hidden_size * 2 if text else 0))
+    # float16; of words about 2 texts a row, 20 tokens long
+    words = 2 * 20 * cast("TextTower", model.text).tower.config.hidden_size if text else 0
+    need = len(rows) * (views * cells * channels + words) * 2
     if need > most_bytes:
         print(f"frozen towers run at every step: their states would take {need / 1e9:.1f} GB, more than "
               f"data.keep_states_gb={most_bytes / 1e9:g}")  # fmt: skip
@@ -122,12 +125,14 @@ def _name(model: VLModel, processor: Processor, source: Source, split: str, view
 def _write_images(model: VLModel, processor: Processor, source: Source, rows: np.ndarray, views: int,
                   work: Path) -> dict[int, str]:  # fmt: skip
     spec, unreadable = model.config.image, {}
-    out = np.lib.format.open_memmap(work / "images.npy", "w+", np.float16, (len(rows), views, spec.cells, spec.channels))
+    shape = (len(rows), views, spec.cells, spec.channels)
+    out = np.lib.format.open_memmap(work / "images.npy", "w+", np.float16, shape)
+    tower = cast("ImageTower", model.image)
     waiting: list[tuple[int, int, Tensor]] = []
 
     def flush() -> None:
         pixels = torch.stack([p for _, _, p in waiting]).to(model.device)
-        states = model.image.states(model.normalise(pixels)).half().cpu().numpy()
+        states = tower.states(cast(Tensor, model.normalise(pixels))).half().cpu().numpy()
         for (position, view, _), state in zip(waiting, states):
             out[position, view] = state
         waiting.clear()
@@ -156,7 +161,7 @@ def _write_texts(model: VLModel, processor: Processor, source: Source, split: st
     texts = {captions[row] for row in rows} | {source.question(int(q)).question for q in source.question_indices(split)}
     # the empty text stands for "no caption", "no question"; by length, so that batches pad little
     ordered = sorted(texts | {""}, key=lambda t: (len(t), t))
-    tower, starts = model.text.tower, [0]
+    tower, starts = cast("TextTower", model.text).tower, [0]
     with open(work / "words.raw", "wb") as raw:
         for at in tqdm(range(0, len(ordered), BATCH), desc="frozen text tower", unit="batch", mininterval=1):
             ids, mask = processor.texts(ordered[at : at + BATCH])

@@ -136,7 +136,7 @@ def build_objective(name: str, options: dict[str, Any]) -> Objective:
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
     """Raises UserError for a text where a number is expected and the like; other types are the objective's to check."""
-    fits = {int: int, float: (int, float), str: str, bool: bool}
+    fits: dict[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
     if hint in fits and (not isinstance(value, fits[hint]) or isinstance(value, bool) != (hint is bool)):
         words = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
         raise UserError(f"{key}: expected {words[hint]}, got {value!r}.")
