@@ -171,6 +171,13 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def list_presets(args: argparse.Namespace) -> int:
+    from interlace.presets import print_table
+
+    print_table()
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------------------- parser
 
 
@@ -271,6 +278,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--port", type=int, default=7860)
     sub.add_argument("--token", help="ask visitors for this token; needed on any host but localhost")
     sub.add_argument("--no-browser", action="store_true")
+
+    verb("list", list_presets, "the published systems that ship as presets")
     return parser
 
 

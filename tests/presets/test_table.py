@@ -1,0 +1,53 @@
+"""The table of presets says what the presets are."""
+
+import pytest
+import torch
+
+from interlace.cli import main
+from interlace.embed.patches import Patches
+from interlace.embed.regions import RegionEmbedder
+from interlace.errors import UserError
+from interlace.model import VLModel
+from interlace.presets import PRESETS, names, objectives, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_line_is_true(name):
+    line = PRESETS[name]
+    with torch.device("meta"):
+        model = VLModel(line.make())
+    assert sum(p.numel() for p in model.parameters()) == line.parameters
+    assert (model.fusion_depth, len(model.schedule.layers())) == line.depth
+    assert objectives(line.module.PRETRAIN) == line.objectives
+    assert f"({line.year}" in line.module.__doc__ or f" {line.year}" in line.module.__doc__
+    spec = model.config.image
+    sees = "regions" if isinstance(spec, RegionEmbedder) else f"patches of {spec.patch}"
+    assert sees == line.sees and isinstance(spec, RegionEmbedder | Patches)
+    joint = {kind.name for kinds in model.config.segments.values() for kind in kinds} & {"joint", "each"}
+    assert (line.streams == "single") == bool(joint)
+
+
+def test_every_file_has_a_line():
+    import pkgutil
+
+    import interlace.presets as package
+
+    assert {found.name for found in pkgutil.iter_modules(package.__path__)} == set(PRESETS)
+
+
+def test_other_sizes_and_spellings():
+    assert preset("VL-BERT-large")[1]().text.width.size == 1024
+    assert preset("visualbert")[0] is PRESETS["visual_bert"]
+    for name in names():
+        assert preset(name)[1]().segments
+
+
+def test_an_unknown_name_is_told_the_nearest():
+    with pytest.raises(UserError, match="Did you mean 'lxmert'"):
+        preset("lxmart")
+
+
+def test_the_command_prints_all(capsys):
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in PRESETS) and "239 M" in said
