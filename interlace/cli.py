@@ -28,10 +28,42 @@ def columns(given: list[str] | None) -> dict[str, str] | None:
     return out or None
 
 
-def open_table(args: argparse.Namespace) -> Any:
+def open_table(args: argparse.Namespace, run: str | None = None) -> Any:
+    """The source on the command line. What is not said about its columns and pictures is taken from the run's config."""
     from interlace.data.sources import open_source
 
-    return open_source(args.source, columns=columns(args.column))
+    named, pictures = columns(args.column), args.pictures
+    data = run_data(run) if run is not None else {}
+    reused = {} if named else data.get("columns") or {}
+    said = [f"--column {ours}={theirs}" for ours, theirs in reused.items()]
+    if pictures is None and data.get("pictures") and args.source in as_list(data.get("source")):
+        pictures = data["pictures"]
+        said.append(f"--pictures {pictures}")
+    if said:
+        print(f"as in {run}/config.yaml: {' '.join(said)}")
+    try:
+        return open_source(args.source, columns=named or reused or None, pictures=pictures)
+    except UserError as error:
+        if reused and "no column" in str(error):
+            raise UserError(f"{error} The names are the run's; say --column OURS=THEIRS for this source.") from None
+        raise
+
+
+def run_data(run: str) -> dict[str, Any]:
+    """The part `data` of the config a run was trained with; empty for a run that was made without one."""
+    import yaml
+
+    file = Path(run).expanduser() / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text()) if file.is_file() else None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not YAML: {error}") from None
+    data = config.get("data") if isinstance(config, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
+def as_list(source: str | list[str] | None) -> list[str]:
+    return source if isinstance(source, list) else [source] if source else []
 
 
 def open_query_picture(path: str | None) -> Any:
@@ -69,7 +101,7 @@ def data_show(args: argparse.Namespace) -> int:
 
         processor = Processor.load(args.run)
     tokenizer = None if processor else load_tokenizer(args.text)
-    show(open_table(args), rows=args.rows, processor=processor, tokenizer=tokenizer)
+    show(open_table(args, args.run), rows=args.rows, processor=processor, tokenizer=tokenizer)
     return 0
 
 
@@ -77,7 +109,7 @@ def data_check(args: argparse.Namespace) -> int:
     from interlace.data.check import check
     from interlace.towers import load_tokenizer
 
-    report = check(args.source, columns=columns(args.column), max_length=args.max_length,
+    report = check(open_table(args), max_length=args.max_length,
                    tokenizer=load_tokenizer(args.text),
                    write_groups=Path(args.write_groups) if args.write_groups else None)  # fmt: skip
     return report.exit_status
@@ -110,7 +142,7 @@ def evaluate_run(args: argparse.Namespace) -> int:
     from interlace.evaluate import evaluate, print_metrics
     from interlace.run import Run, write_json
 
-    metrics = evaluate(Run.load(args.run), open_table(args), args.split, args.limit)
+    metrics = evaluate(Run.load(args.run), open_table(args, args.run), args.split, args.limit)
     print_metrics(metrics)
     if args.out:
         write_json(Path(args.out), metrics)
@@ -129,7 +161,9 @@ def index_source(args: argparse.Namespace) -> int:
     from interlace.run import Run
     from interlace.search import build_index
 
-    build_index(Run.load(args.run), open_table(args), where=Path(args.index) if args.index else None)
+    run = Run.load(args.run)
+    where = Path(args.index) if args.index else None
+    build_index(run, open_table(args, args.run), where=where, rebuild=args.rebuild)
     return 0
 
 
@@ -208,6 +242,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("source", help=SOURCE_HELP)
         sub.add_argument("--column", action="append", metavar="OURS=THEIRS",
                          help="name a column, for instance caption=title; repeat for more")  # fmt: skip
+        sub.add_argument("--pictures", metavar="FOLDER",
+                         help="where relative picture paths start from, if not beside the table")  # fmt: skip
 
     data = verbs.add_parser("data", help="get, show and check pictures and texts")
     parts = data.add_subparsers(dest="part", required=True, metavar="get|show|check")
@@ -249,6 +285,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run")
     source(sub)
     sub.add_argument("--index", help="folder of the index (default: RUN/index)")
+    sub.add_argument("--rebuild", action="store_true", help="start over, for instance after training the run again")
 
     sub = verb("search", search_index, "search an index by words, by a picture, or both")
     sub.add_argument("run")

@@ -56,7 +56,9 @@ def measured(folder: Path, settings: Settings, sources: list[str], split: str) -
     file = folder / f"{split}.json"
     if not file.is_file():
         run = Run.load(folder)
-        write_json(file, {s: evaluate(run, open_source(s, settings.data.columns or None), split) for s in sources})
+        columns, pictures = settings.data.columns or None, settings.data.pictures or None
+        opened = {s: open_source(s, columns, pictures=pictures) for s in sources}
+        write_json(file, {s: evaluate(run, source, split) for s, source in opened.items()})
     facts = json.loads((folder / MARK).read_text())
     return {"fusion": settings.model.fusion, "streams": settings.model.streams, "seed": settings.train.seed,
             "seconds": facts["train_seconds"], "steps": facts["steps"], "parameters": facts["parameters"],

@@ -24,6 +24,7 @@ class DataSettings:
 
     source: str | list[str] = ""
     columns: dict[str, str] = field(default_factory=dict)
+    pictures: str = ""  # folder that relative picture paths start from; empty: the table's own
     max_skipped: float = 0.1  # the run stops when more than this share of the pictures it asked for cannot be read
     workers: int = 0  # loader processes; 0 decodes in the main one
     keep_states_gb: float = 2.0  # disk for what frozen towers say of the training split; 0 runs them at every step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -24,6 +25,7 @@ from interlace.data.states import States, frozen_states
 from interlace.errors import Stopped, UserError
 from interlace.learner import Learner
 from interlace.objectives import Objective, Others, build_objective
+from interlace.objectives.base import check_options, check_type
 from interlace.objectives.itc import gather
 from interlace.run import MARK, Run, save_run, write_json
 from interlace.settings import Settings
@@ -48,6 +50,8 @@ def build_objectives(settings: Settings, source: Source) -> list[tuple[Objective
     for name, given in settings.objectives.items():
         options = dict(given)
         weight = options.pop("weight", 1.0)
+        check_type(f"objectives.{name}.weight", weight, float)
+        check_options(name, options)
         if name == "vqa" and not options.get("answers"):
             options["answers"] = answer_list(source, options.get("min_count", 1))
             if not options["answers"]:
@@ -205,7 +209,11 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         raise UserError(f"train.batch {t.batch} does not divide into train.accumulate {t.accumulate} micro-batches.")
     _same_settings(out, settings)
     torch.manual_seed(t.seed)
-    source = source or open_source(settings.data.source, columns=settings.data.columns or None)
+    source = source or open_source(settings.data.source, columns=settings.data.columns or None,
+                                   pictures=settings.data.pictures or None)  # fmt: skip
+    if os.environ.get("RANK", "0") == "0":
+        for line in source.describe_columns():
+            print(line)
     rows = len(source.indices("train"))
     if rows < t.batch:
         raise UserError(f"the train split of {source.name} has {rows} rows, fewer than one batch of {t.batch}: set "
@@ -300,7 +308,10 @@ def _same_settings(out: Path, settings: Settings) -> None:
     file = out / "config.yaml"
     if not file.is_file():
         return
-    before, now = _flat(yaml.safe_load(file.read_text())), _flat(settings.to_dict())
+    now, before = _flat(settings.to_dict()), _flat(yaml.safe_load(file.read_text()))
+    # what an older version did not write had today's default
+    defaults = {k: v for k, v in _flat(Settings().to_dict()).items() if not k.startswith("objectives")}
+    before = {k: defaults[k] for k in now if k in defaults} | before
     free = ("train.out", "data.workers", "train.keep_checkpoints")
     differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(before.keys() | now.keys())
               if before.get(k) != now.get(k) and k not in free]  # fmt: skip

@@ -55,6 +55,7 @@ class Report:
         default_factory=list
     )  # kind, n, answers, most common, share
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # (id, reason), the first thousand
+    columns: list[str] = field(default_factory=list)  # which column was taken for what, a line each
     groups: np.ndarray | None = None  # (N,) rows with equal numbers belong together: same group or same picture
 
     def add(self, level: str, what: str, count: int, detail: str = "", examples: Sequence[str] = ()) -> None:
@@ -73,6 +74,8 @@ class Report:
         console = console or Console(highlight=False)
         counts = ", ".join(f"{split} {count:,}" for split, count in self.splits.items())
         console.print(f"[bold]{self.name}[/bold]: {self.rows:,} rows ({counts})")
+        for line in self.columns:
+            console.print(_plain(line), style="yellow" if line.startswith("NOTE") else None, soft_wrap=True)
         if self.attributes:
             table = Table("attribute", "type", "values")
             for row in self.attributes:
@@ -118,7 +121,7 @@ def check(
     """
     opened = source if isinstance(source, Source) else open_source(source, columns)
     counts = {split: len(opened.indices(split)) for split in SPLITS}
-    report = Report(opened.name, len(opened), counts)
+    report = Report(opened.name, len(opened), counts, columns=opened.describe_columns())
     _check_rows(opened, report)
     _check_pictures(opened, report, workers or min(8, os.cpu_count() or 1))
     _check_captions(opened, report, max_length, tokenizer)
@@ -133,6 +136,9 @@ def check(
 def _check_rows(source: Source, report: Report) -> None:
     examples = [f"{row}: {reason}" for row, reason in source.problems]
     report.add("error", "rows left out", source.n_problems, "they could not be read and will not be used", examples)
+    lost = source._problems
+    detail = "questions about rows that were left out"
+    report.add("warning", "questions left out", lost.lost_questions, detail, lost.lost_first)
     report.add("warning", "repeated ids", int(bool(source._problems.note)), source._problems.note)
     for split, count in report.splits.items():
         if count == 0:

@@ -99,11 +99,18 @@ class Problems:
     first: list[tuple[int | str, str]] = field(default_factory=list)
     keep: int = 1000
     note: str = ""  # something worth saying about rows that were kept
+    lost_questions: int = 0  # questions about rows that were left out: they follow from those, and are one line
+    lost_first: list[str] = field(default_factory=list)  # ids of the first few of them
 
     def add(self, row: int | str, reason: str) -> None:
         self.count += 1
         if len(self.first) < self.keep:
             self.first.append((row, reason))
+
+    def lose_question(self, question: str) -> None:
+        self.lost_questions += 1
+        if len(self.lost_first) < 5:
+            self.lost_first.append(question)
 
     def absorb(self, other: Problems, where: str) -> None:
         """Takes over another's problems, as rows of `where`, and empties it."""
@@ -111,7 +118,9 @@ class Problems:
             self.add(f"{where} {row}", reason)
         self.count += other.count - len(other.first)
         self.note = self.note or other.note
-        other.first, other.count = [], 0
+        self.lost_first = [*self.lost_first, *(f"{where}/{question}" for question in other.lost_first)][:5]
+        self.lost_questions += other.lost_questions
+        other.first, other.count, other.lost_questions, other.lost_first = [], 0, 0, []
 
 
 def stored_attribute(value: Any, kind: str) -> Attribute:
@@ -146,6 +155,8 @@ class Source:
         questions: pa.Table | None = None,
         problems: Problems | None = None,
         file: Path | None = None,
+        roles: dict[str, dict[str, str]] | None = None,
+        hints: list[str] | None = None,
     ):
         self.name = name
         self.fingerprint = fingerprint
@@ -156,6 +167,8 @@ class Source:
         self._rows = rows
         self._questions = questions if questions is not None else QUESTION_SCHEMA.empty_table()
         self._problems = problems or Problems()
+        self.roles = roles or {}  # table -> role -> name of the column that plays it
+        self.hints = hints or []  # what is worth a second look in those
         self._file = file  # the memory-mapped table behind `_rows`, when it was large enough to spill
 
     @property
@@ -166,6 +179,19 @@ class Source:
     @property
     def n_problems(self) -> int:
         return self._problems.count
+
+    @property
+    def n_lost_questions(self) -> int:
+        """Questions left out because their rows were."""
+        return self._problems.lost_questions
+
+    def describe_columns(self) -> list[str]:
+        """For people: a line for each table that says which column was taken for what, then the hints."""
+        lines = []
+        for table, roles in self.roles.items():
+            taken = ", ".join(f"{role}={column}" for role, column in roles.items())
+            lines.append(f"columns{f' of {table}' if len(self.roles) > 1 else ''}: {taken}")
+        return lines + self.hints
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -29,8 +29,12 @@ def show(
     opened = source if isinstance(source, Source) else open_source(source, columns)
     console = Console(highlight=False)
     console.print(repr(opened), markup=False)
+    for line in opened.describe_columns():
+        console.print(line, markup=False, style="yellow" if line.startswith("NOTE") else None, soft_wrap=True)
     if opened.n_problems:
         console.print(f"{opened.n_problems:,} rows left out, for example {opened.problems[0]}", markup=False)
+    if opened.n_lost_questions:
+        console.print(f"{opened.n_lost_questions:,} questions about rows that were left out", markup=False)
     indices = opened.indices("train")
     chosen = (indices if len(indices) else opened.indices())[:rows].tolist()
     pairs = [opened.pair(i) for i in chosen]

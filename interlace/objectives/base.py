@@ -110,7 +110,16 @@ class Objective:
 
 
 def build_objective(name: str, options: dict[str, Any]) -> Objective:
-    """The objective of that name. Raises UserError for an unknown name or option."""
+    """The objective of that name. Raises UserError for an unknown name or option, or one of a wrong type."""
+    check_options(name, options)
+    try:
+        return Objective.known[name](**options)
+    except TypeError as error:
+        raise UserError(f"objective {name}: {error}") from None
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Raises UserError for an unknown objective, an option it does not have, or a plain type it does not take."""
     if name not in Objective.known:
         known = ", ".join(sorted(Objective.known))
         raise UserError(f"no objective is called {name!r} (known: {known}).{suggest(name, Objective.known)}")
@@ -127,14 +136,10 @@ def build_objective(name: str, options: dict[str, Any]) -> Objective:
     except NameError:  # a hint that is imported for type checkers only
         hints = {}
     for option, value in options.items():
-        _check_type(f"objectives.{name}.{option}", value, hints.get(option))
-    try:
-        return cls(**options)
-    except TypeError as error:
-        raise UserError(f"objective {name}: {error}") from None
+        check_type(f"objectives.{name}.{option}", value, hints.get(option))
 
 
-def _check_type(key: str, value: Any, hint: Any) -> None:
+def check_type(key: str, value: Any, hint: Any) -> None:
     """Raises UserError for a text where a number is expected and the like; other types are the objective's to check."""
     fits: dict[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
     if hint in fits and (not isinstance(value, fits[hint]) or isinstance(value, bool) != (hint is bool)):

@@ -66,6 +66,25 @@ def test_unreadable_pictures_and_rows_left_out(tmp_path):
     assert reasons["002.png"] == "not a picture (HTML)"
 
 
+def test_check_and_show_name_the_columns_and_the_questions_left_out(tmp_path, capsys):
+    rows = [[*row, f"long words {i}"] for i, row in enumerate(healthy(tmp_path))]
+    rows[3][0] = "gone.png"
+    folder = write(tmp_path, rows, header="image,title,split,colour,sale,description")
+    (folder / "questions.jsonl").write_text(
+        "\n".join(json.dumps({"pair_id": "gone.png", "question": q, "answers": ["x"]}) for q in "abcdefg")
+    )
+    report = check(folder)
+    lost = found(report, "questions left out")
+    assert (lost.level, lost.count, lost.examples[0]) == ("warning", 7, "gone.png?0")
+    assert found(report, "rows left out").count == 1
+    show(folder, rows=1)
+    for text in capsys.readouterr().out.split("Source(", 1):
+        assert "columns: image=image, caption=title, split=split\n" in text
+        assert "NOTE: the captions" in text and "--column caption=description" in text
+    with_caption = [row[:5] for row in rows]
+    assert len(check(write(tmp_path, with_caption)).columns) == 1  # nothing to choose, no note
+
+
 def test_duplicates_within_and_across_splits(tmp_path):
     rows = healthy(tmp_path)
     (tmp_path / "001.png").write_bytes((tmp_path / "000.png").read_bytes())  # within train

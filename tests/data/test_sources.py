@@ -74,6 +74,43 @@ def test_quoted_line_breaks_and_bad_lines(tmp_path):
     assert "web address" in reasons[5]
 
 
+def test_questions_about_rows_left_out_are_counted_not_listed(tmp_path):
+    make_pictures(tmp_path, 1)
+    (tmp_path / "a.csv").write_text("id,image,caption\nA,000.png,one\nB,gone.png,two\n")
+    asked = [{"pair_id": p, "question": "what?", "answers": ["x"]} for p in ("A", "B", "B", "C")]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    source = open_source(tmp_path / "a.csv")
+    assert source.n_questions == 1 and source.n_lost_questions == 2
+    assert source.problems == [(2, "missing file: gone.png"), ("question C?3", "no pair with id: C")]
+    assert source._problems.lost_first == ["B?1", "B?2"]
+    joined = open_source([tmp_path / "a.csv", tmp_path / "a.csv"])
+    assert joined.n_lost_questions == 4 and joined._problems.lost_first[0] == "a1/B?1"
+
+
+def test_it_is_said_which_column_is_which(tmp_path):
+    names = make_pictures(tmp_path, 1)
+    file = write_csv(tmp_path / "shop.csv", ("Photo", "title", "description", "sku"), [(names[0], "a", "b", "c")])
+    said = open_source(file).describe_columns()
+    assert said[0] == "columns: image=Photo, caption=title, id=sku"
+    assert "'description' is an attribute" in said[1] and "--column caption=description" in said[1]
+    said = open_source(file, columns={"caption": "description"}).describe_columns()
+    assert said == ["columns: caption=description, image=Photo, id=sku, name=title"]
+    said = open_source([file, file]).describe_columns()
+    assert [line.split(":")[0] for line in said] == ["columns of shop1", "columns of shop2", "NOTE", "NOTE"]
+    questions = [{"question_id": 1, "photo": names[0], "question": "what?", "answer": "x"}]
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    said = open_source(tmp_path / "q.json").describe_columns()
+    assert said == ["columns: image=photo, question_id=question_id, question=question, answer=answer"]
+
+
+def test_errors_name_what_the_command_line_has(tmp_path):
+    (tmp_path / "a.csv").write_text("Bild,caption\n1.jpg,x\n")
+    with pytest.raises(UserError, match="--column image=NAME"):
+        open_source(tmp_path / "a.csv")
+    with pytest.raises(UserError, match="--pictures FOLDER"):
+        open_source(tmp_path / "a.csv", columns={"image": "Bild"})
+
+
 def test_json_and_jsonl(tmp_path):
     names = make_pictures(tmp_path, 6)
     records = [{"image": n, "caption": w, **facts(i)} for i, (n, w) in enumerate(zip(names, WORDS))]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from interlace.data.cache import cache_folder
 from interlace.data.rows import QUESTION_SCHEMA, SPLITS, Picture, Problems, Source, open_table
-from interlace.data.sources.columns import Kind, resolve
+from interlace.data.sources.columns import Kind, caption_hint, resolve
 from interlace.errors import UserError
 
 BATCH = 32_768  # rows handled at once
@@ -55,6 +55,7 @@ class Raw:
     split: str | None = None  # the file's own split, when its name says so
     stamp: str = ""  # stands in the fingerprint for files that hold many pictures: their sizes and times
     problems: Problems = field(default_factory=Problems)
+    roles: dict[str, str] | None = None  # role -> column, where `columns` are not those of the user's table
 
 
 def hash64(text: str) -> int:
@@ -196,13 +197,14 @@ def build(
         roots.candidates = [pictures]
     rows, problems, digest = _Rows(), raw.problems, hashlib.sha256(raw.stamp.encode())
     id_codes, text_codes, path_codes, split_codes, hashes = [], [], [], [], []
+    left_out: set[int] = set()  # hashed ids of the rows dropped here
     read = 0
     progress = tqdm(total=raw.total, desc=f"reading {raw.name}", unit=" rows", disable=None, delay=2, leave=False)
     with progress:
         for places, cells in raw.batches():
             read += len(places)
             progress.update(len(places))
-            batch = _batch(places, cells, roles, extra, roots, problems)
+            batch = _batch(places, cells, roles, extra, roots, problems, left_out)
             if not batch["id"]:
                 continue
             for column, kind in kinds.items():
@@ -231,7 +233,7 @@ def build(
     else:
         own = np.full(len(groups), SPLITS.index(raw.split), np.int8) if raw.split else split_of_groups(groups)
         splits = np.where(given_splits >= 0, given_splits, own).astype(np.int8)
-    questions = _questions(raw, table, problems, digest)
+    questions = _questions(raw, table, problems, digest, left_out)
     return Source(
         name=raw.name,
         rows=table,
@@ -243,6 +245,8 @@ def build(
         questions=questions,
         problems=problems,
         file=file,
+        roles={raw.name: roles if raw.roles is None else raw.roles},
+        hints=caption_hint(raw.columns, columns, roles, raw.name),
     )
 
 
@@ -256,7 +260,8 @@ def _nothing_left(raw: Raw, roots: _Roots, problems: Problems, read: int) -> str
     return (
         f"{raw.where}: no row of {max(read, problems.count)} has a readable picture. Reasons: {common}. "
         f"For example row {example[0]}: {example[1]}. Relative paths were looked up in {roots.chosen or raw.root}; "
-        "give another folder with `pictures=` if they lie elsewhere."
+        "give their folder with --pictures FOLDER (data.pictures=FOLDER in a config, pictures= in Python) if they lie "
+        "elsewhere."
     )
 
 
@@ -267,6 +272,7 @@ def _batch(
     extra: list[str],
     roots: _Roots,
     problems: Problems,
+    left_out: set[int],
 ) -> dict[str, list[Any]]:
     """One batch in the stored columns, plus text_key, path_key, split, hash and seen (what the fingerprint covers)."""
     n = len(places)
@@ -288,6 +294,7 @@ def _batch(
             bits = int(role["hash"][i], 16) if "hash" in role and role["hash"][i] else 0
         except ValueError as error:
             problems.add(places[i], str(error))
+            left_out.add(hash64(_lost_id(role, labels, i)))
             continue
         captions = role["caption"][i] if "caption" in role else ""
         if isinstance(captions, dict):
@@ -322,6 +329,12 @@ def _batch(
                 "\x1f".join(map(str, (label, facts, caption, given_name, given_group, split, *attributes)))
             )
     return out
+
+
+def _lost_id(role: dict[str, list[Any]], labels: Sequence[str], i: int) -> str:
+    """The id a dropped row would have had: what its questions point at."""
+    given, cell = _text(role["id"][i]) if "id" in role else None, role["image"][i]
+    return given or labels[i] or (cell.strip() if isinstance(cell, str) else "")
 
 
 def _picture(cell: Any, base: str) -> tuple[str, int | None, int | None, str, str]:
@@ -399,8 +412,8 @@ def _groups(
     return labels
 
 
-def _questions(raw: Raw, table: pa.Table, problems: Problems, digest: Any) -> pa.Table:
-    """The questions whose pair exists, as a table; the others are listed."""
+def _questions(raw: Raw, table: pa.Table, problems: Problems, digest: Any, left_out: set[int]) -> pa.Table:
+    """The questions whose pair exists, as a table; those about rows that were left out are counted, others listed."""
     found: dict[str, int] | None = None
     tables: list[pa.Table] = []
     for number, group in enumerate(_chunks(raw.questions() if raw.questions is not None else ())):
@@ -408,11 +421,16 @@ def _questions(raw: Raw, table: pa.Table, problems: Problems, digest: Any) -> pa
             found = {key: i for i, key in enumerate(table.column("id").to_pylist())}
         out: dict[str, list[Any]] = {name: [] for name in QUESTION_SCHEMA.names}
         for position, question in enumerate(group):
-            row = found.get(str(question["pair_id"]))
+            pair_id = str(question["pair_id"])
+            name = str(question.get("id") or f"{pair_id}?{number * BATCH + position}")
+            row = found.get(pair_id)
             if row is None:
-                problems.add(f"question {question.get('id', position)}", f"no pair with id: {question['pair_id']}")
+                if hash64(pair_id) in left_out:
+                    problems.lose_question(name)
+                else:
+                    problems.add(f"question {name}", f"no pair with id: {pair_id}")
                 continue
-            out["id"].append(str(question.get("id") or f"{question['pair_id']}?{number * BATCH + position}"))
+            out["id"].append(name)
             out["row"].append(row)
             out["question"].append(" ".join(str(question["question"]).split()))
             out["answers"].append([text for text, _ in question["answers"]])

@@ -67,9 +67,26 @@ def resolve(
             close = f" Near one of them:{near.removesuffix('?').removeprefix(' Did you mean')}." if near else ""
             raise UserError(
                 f"{where}: no column for {role}. Expected one of {', '.join(aliases[role][:6])}, ...; "
-                f"it has {', '.join(map(repr, have))}.{close} Name it with columns={{{role!r}: '...'}}."
+                f"it has {', '.join(map(repr, have))}.{close} Name it with --column {role}=NAME "
+                f"(data.columns.{role}=NAME in a config, columns={{{role!r}: NAME}} in Python)."
             )
     return roles
+
+
+def caption_hint(have: Sequence[str], wanted: dict[str, str] | None, roles: dict[str, str], name: str) -> list[str]:
+    """A line when the caption was chosen among several likely columns, and nobody said which."""
+    chosen = roles.get("caption")
+    if chosen is None or "caption" in (wanted or {}) or chosen.strip().lower() in ("caption", "captions"):
+        return []
+    taken = set(roles.values())
+    others = [c for c in have if c.strip().lower() in ALIASES["caption"] and c not in taken]
+    if not others:
+        return []
+    rest = f"{others[0]!r} is an attribute" if len(others) == 1 else f"{' and '.join(map(repr, others))} are attributes"
+    return [
+        f"NOTE: the captions of {name} are its column {chosen!r}, and {rest}. "
+        f"To change that: --column caption={others[0]} (data.columns.caption={others[0]} in a config)."
+    ]
 
 
 class Kind:

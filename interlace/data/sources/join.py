@@ -62,6 +62,8 @@ def join(sources: Sequence[Source]) -> Source:
         licence="\n\n".join(f"{n}\n{'-' * len(n)}\n{s.licence}" for n, s in zip(names, sources) if s.licence),
         questions=pa.concat_tables(questions),
         problems=problems,
+        roles={name: roles for name, source in zip(names, sources) for roles in source.roles.values()},
+        hints=[hint for source in sources for hint in source.hints],
     )
 
 

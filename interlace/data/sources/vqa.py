@@ -62,6 +62,7 @@ def as_questions(raw: Raw, wanted: dict[str, str] | None) -> Raw:
         name=raw.name,
         where=raw.where,
         columns=["image", "split"],
+        roles=roles,
         batches=pairs,
         root=raw.root,
         total=raw.total,

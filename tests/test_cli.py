@@ -1,0 +1,75 @@
+"""The command line as a person meets it: what it takes from a run, what it prints, how it ends."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from interlace.cli import main
+from interlace.run import Run
+from interlace.search import Index
+
+
+@pytest.fixture
+def odd(shapes, run_folder, tmp_path) -> tuple[Path, Path]:
+    """(a run, a table): the run was trained with columns named otherwise, the table lies far from its pictures."""
+    run, table = tmp_path / "run", tmp_path / "odd.csv"
+    shutil.copytree(run_folder, run)
+    with open(shapes / "pairs.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    with open(table, "w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["nr", "Foto", "Blurb", "caption", "split"])
+        out.writerows([row["id"], Path(row["image"]).name, row["caption"], "wrong", row["split"]] for row in rows)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] |= {"source": str(table), "columns": {"image": "Foto", "caption": "Blurb", "id": "nr"},
+                       "pictures": str(shapes / "pictures")}  # fmt: skip
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return run, table
+
+
+def test_a_run_remembers_the_columns_and_the_pictures(odd, capsys):
+    run, table = odd
+    assert main(["index", str(run), str(table)]) == 0
+    said = capsys.readouterr().out
+    assert f"as in {run}/config.yaml: --column image=Foto --column caption=Blurb --column id=nr --pictures " in said
+    index = Index.open(run / "index", Run.load(run))
+    assert len(index) == 24 and index.get("red-circle-0").caption == "a red circle"
+    assert main(["data", "show", str(table), "--run", str(run), "--rows", "1"]) == 0
+    assert "columns: image=Foto, caption=Blurb, id=nr" in capsys.readouterr().out
+
+
+def test_columns_given_win_over_the_runs(odd, shapes, capsys):
+    run, table = odd
+    given = ["--column", "image=Foto", "--column", "id=nr", "--pictures", str(shapes / "pictures")]
+    assert main(["evaluate", str(run), str(table), *given, "--out", str(run / "test.json")]) == 0
+    assert "as in" not in capsys.readouterr().out
+    assert main(["index", str(run), str(table), *given]) == 0
+    assert Index.open(run / "index", Run.load(run)).get("red-circle-0").caption == "wrong"
+
+
+def test_a_table_without_the_runs_columns_is_told_where_they_come_from(odd, shapes, capsys):
+    assert main(["index", str(odd[0]), str(shapes)]) == 2
+    assert "The names are the run's; say --column OURS=THEIRS" in capsys.readouterr().err
+
+
+def test_pictures_elsewhere(odd, shapes, capsys):
+    columns = ["--column", "image=Foto", "--column", "id=nr"]
+    assert main(["data", "check", str(odd[1]), *columns]) == 2
+    assert "--pictures FOLDER" in capsys.readouterr().err
+    assert main(["data", "check", str(odd[1]), *columns, "--pictures", str(shapes / "pictures")]) in (0, 1)
+    assert "24 rows" in capsys.readouterr().out
+
+
+def test_rebuild_starts_the_index_over(run_folder, shapes, tmp_path, capsys):
+    where = ["--index", str(tmp_path / "index")]
+    assert main(["index", str(run_folder), str(shapes), *where]) == 0
+    (tmp_path / "index" / "index.json").write_text("{")
+    assert main(["index", str(run_folder), str(shapes), *where]) == 2
+    assert "--rebuild" in capsys.readouterr().err
+    assert main(["index", str(run_folder), str(shapes), *where, "--rebuild"]) == 0
+    assert len(Index.open(tmp_path / "index", Run.load(run_folder))) == 192
