@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,9 @@ which {learnt / 1e6:.1f} M were trained, by {", ".join(settings.objectives)}, fo
 
 ## Data
 
-`{data["source"]}`: {data["rows"]} rows, {data["questions"]} questions; {facts["skipped"]} pictures skipped as
-unreadable. Fingerprint `{data["fingerprint"][:16]}`. Licence: {data["licence"] or "not stated"}
+{data_in_words(data, facts["skipped"])}
+
+Licence: {data["licence"] or "not stated"}
 
 {results}
 ![losses](loss.png)
@@ -92,8 +94,33 @@ unreadable. Fingerprint `{data["fingerprint"][:16]}`. Licence: {data["licence"] 
 ## Use
 
 ```
-interlace search {out.name} "a wooden chair"
-interlace answer {out.name} picture.jpg "what is it?"
-interlace demo {out.name}
+{use(out, settings)}
 ```
 """
+
+
+def data_in_words(data: dict[str, Any], skipped: int) -> str:
+    """Sentences about what data.json holds: rows, questions, attributes, fingerprint."""
+
+    def counted(counts: dict[str, int], noun: str) -> str:
+        parts = [f"{counts[split]:,} {what}" for split, what in
+                 (("train", "for training"), ("val", "for validation"), ("test", "for testing"))]  # fmt: skip
+        return f"{sum(counts.values()):,} {noun}: {parts[0]}, {parts[1]} and {parts[2]}."
+
+    lines = [f"Trained on `{data['source']}`, {counted(data['rows'], 'rows')}"]
+    if any(data["questions"].values()):
+        lines.append(f"There are {counted(data['questions'], 'questions about them')}")
+    if data["columns"]:
+        lines.append(f"Each row has the attributes {', '.join(data['columns'])}.")
+    lines.append(f"{skipped:,} pictures were unreadable and skipped." if skipped else "Every picture could be read.")
+    return "\n".join(lines) + f"\nThe data's fingerprint begins with `{data['fingerprint'][:16]}`."
+
+
+def use(out: Path, settings: Settings) -> str:
+    """Commands that work where `interlace train` was started."""
+    run, given = shlex.quote(str(out)), settings.data.source
+    source = shlex.quote(",".join(given) if isinstance(given, list) else given) or "SOURCE"
+    lines = [f"interlace index {run} {source}", f'interlace search {run} "a wooden chair"']
+    if "vqa" in settings.objectives:
+        lines.append(f'interlace answer {run} picture.jpg "what is it?"')
+    return "\n".join([*lines, f"interlace demo {run}"])

@@ -43,6 +43,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from interlace.errors import UserError
+from interlace.towers import quiet
 
 MARK = "COMPLETE"
 
@@ -249,7 +250,8 @@ class SafeTrainer(Trainer):
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.mkdir(parents=True)
             self._barrier()
-            self._write(scratch, final)
+            with quiet():
+                self._write(scratch, final)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not disk_refused(error):
                 raise

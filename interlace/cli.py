@@ -29,7 +29,7 @@ def columns(given: list[str] | None) -> dict[str, str] | None:
 
 
 def open_table(args: argparse.Namespace, run: str | None = None) -> Any:
-    """The source on the command line. What is not said about its columns and pictures is taken from the run's config."""
+    """The source on the command line. What is not said of its columns and pictures is taken from the run's config."""
     from interlace.data.sources import open_source
 
     named, pictures = columns(args.column), args.pictures
@@ -195,10 +195,11 @@ def answer_question(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    from interlace.demo.app import serve
+    from interlace.demo.app import check_address, serve
     from interlace.run import Run
     from interlace.search import Index
 
+    check_address(args.host, args.port, args.token)  # before the seconds that loading takes
     run = Run.load(args.run)
     index = Index.open(Path(args.index) if args.index else run.folder / "index", run)
     serve(run, index, host=args.host, port=args.port, token=args.token, open_browser=not args.no_browser)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from interlace import __version__
 from interlace.data.processor import PROCESSOR_FILE, Processor
 from interlace.errors import UserError
 from interlace.model import VLModel
+from interlace.towers import quiet
 
 MARK = "run.json"  # written last: a folder without it is not finished
 WEIGHTS = "model.safetensors"
@@ -51,13 +54,26 @@ def save_run(folder: str | Path, model: VLModel, processor: Processor, answers: 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).unlink(missing_ok=True)
     model.config.architectures = ["VLModel"]
-    model.save_pretrained(folder)
-    processor.save(folder)
+    with quiet():
+        model.save_pretrained(folder)
+        processor.save(folder)
     if answers:
         write_json(folder / ANSWERS, {"answers": answers, "temperature": temperature})
     size = (folder / WEIGHTS).stat().st_size
-    write_json(folder / MARK, {"fingerprint": fingerprint(folder), "weights_bytes": size, **facts})
+    facts = {"fingerprint": fingerprint(folder), "weights_bytes": size, "interlace": __version__, **facts}
+    write_json(folder / MARK, facts)
+    _share(folder)
     return folder
+
+
+def _share(folder: Path) -> None:
+    """Files as readable as the umask lets new ones be: safetensors writes the weights for the owner alone."""
+    umask = os.umask(0)  # the only way to read it is to set it
+    os.umask(umask)
+    for file in folder.iterdir():
+        mode = file.stat().st_mode & 0o777
+        if file.is_file() and (wanted := mode | 0o666 & ~umask) != mode:
+            file.chmod(wanted)
 
 
 class Run:
@@ -91,12 +107,15 @@ class Run:
         answers: dict[str, Any] = {"answers": [], "temperature": 1.0}
         if (folder / ANSWERS).is_file():
             answers = json.loads((folder / ANSWERS).read_text())
-        loaded: Any = VLModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        with quiet():  # its report says less than the check below
+            loaded: Any = VLModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
         model, report = loaded  # a pair, because of the loading info
         if unfilled := sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]):
-            raise UserError(f"{folder}/{WEIGHTS} does not fit its config.json ({', '.join(unfilled[:3])}, ...): it was "
-                            "written by another version. Train it again, or install the version that "
-                            "wrote it.")  # fmt: skip
+            wrote = facts.get("interlace")
+            by = f"interlace {wrote}" if wrote else "a version of interlace that did not note its number"
+            fix = f"install interlace {wrote}" if wrote and wrote != __version__ else "copy the run again"
+            raise UserError(f"{folder}/{WEIGHTS} does not fit its config.json ({', '.join(unfilled[:3])}, ...): the "
+                            f"run was written by {by}, this is {__version__}. Train it again, or {fix}.")  # fmt: skip
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(folder, model.to(device), Processor.load(folder), answers["answers"], answers["temperature"], facts)

@@ -299,7 +299,7 @@ def load_tower(name: str | Path, kind: Kind) -> Tower:
     config = _part(_read_config(folder, name), kind, name)
     model_class = _model_class(config, name)
     try:
-        with _quiet():  # its report says less than the check below
+        with quiet():  # its report says less than the check below
             loaded = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
                                                  **_without_pooling(model_class))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -336,7 +336,8 @@ def _without_pooling(model_class: type[PreTrainedModel]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """No bars and no warnings of transformers while it loads or saves: errors only."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -346,6 +347,9 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+_quiet = quiet
 
 
 def _max_tokens(model: PreTrainedModel) -> int | None:

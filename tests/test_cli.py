@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,21 @@ def test_pictures_elsewhere(odd, shapes, capsys):
     assert "--pictures FOLDER" in capsys.readouterr().err
     assert main(["data", "check", str(odd[1]), *columns, "--pictures", str(shapes / "pictures")]) in (0, 1)
     assert "24 rows" in capsys.readouterr().out
+
+
+def test_the_demo_refuses_an_address_before_it_loads_anything(tmp_path, capsys):
+    nothing = str(tmp_path / "no-run")  # loading it would be another error
+    assert main(["demo", nothing, "--host", "0.0.0.0"]) == 2
+    assert "needs a token" in capsys.readouterr().err
+    assert main(["demo", nothing, "--port", "70000"]) == 2
+    assert "1 to 65535" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["demo", nothing, "--port", str(taken.getsockname()[1])]) == 2
+    assert "in use by another program" in capsys.readouterr().err
+    assert main(["demo", nothing, "--port", "0"]) == 2
+    assert "no run folder" in capsys.readouterr().err
 
 
 def test_rebuild_starts_the_index_over(run_folder, shapes, tmp_path, capsys):

@@ -1,15 +1,18 @@
 """The whole way on drawn shapes: it learns, it looks, it resumes, and the folder holds everything."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from interlace import __version__
 from interlace.data.sources import open_source
 from interlace.errors import UserError
 from interlace.evaluate import evaluate
-from interlace.run import Run
+from interlace.run import Run, save_run
 from tests.conftest import draw_shape, toy_settings
 
 
@@ -24,6 +27,42 @@ def test_the_run_folder_holds_everything(run_folder):
     assert {"loss", "itc", "itm", "vqa", "itc_accuracy", "itm_accuracy", "vqa_accuracy"} <= set(logged[0])
     card = (run_folder / "README.md").read_text()
     assert "text to image R@1" in card and "drawn for the tests" in card
+    assert "192 rows: 144 for training, 24 for validation and 24 for testing." in card
+    assert "576 questions about them: 432 for training" in card and "Every picture could be read." in card
+    assert f'interlace search {run_folder} "a wooden chair"' in card and f"interlace answer {run_folder} " in card
+    assert "{'" not in card  # no Python dicts
+
+
+def test_the_files_are_as_readable_as_the_umask_says(tiny_run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_run(tmp_path / "run", tiny_run.model, tiny_run.processor, tiny_run.answers)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "run").iterdir()}
+    assert modes["model.safetensors"] == 0o640 and set(modes.values()) == {0o640}
+
+
+def test_weights_that_do_not_fit_name_the_version_that_wrote_them(run_folder, tmp_path):
+    facts = json.loads((run_folder / "run.json").read_text())
+    assert facts["interlace"] == __version__
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    del config["heads"]["match"]
+    (copy / "config.json").write_text(json.dumps(config))
+    for wrote, fix in ((__version__, "copy the run again"), ("0.0.1", "install interlace 0.0.1")):
+        (copy / "run.json").write_text(json.dumps({**facts, "interlace": wrote}))
+        with pytest.raises(UserError) as error:
+            Run.load(copy)
+        assert f"written by interlace {wrote}, this is {__version__}. Train it again, or {fix}." in str(error.value)
+
+
+def test_saving_and_loading_print_nothing_of_their_own(run_folder, tmp_path, capfd):
+    run = Run.load(run_folder)
+    save_run(tmp_path / "run", run.model, run.processor, run.answers)
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
 
 
 def test_it_learns_and_it_looks_at_the_picture(tiny_run, shapes):
@@ -76,8 +115,6 @@ def test_training_again_finds_the_run_finished_and_other_settings_are_refused(ru
 
 
 def test_a_half_written_a_damaged_and_a_missing_run_are_told_apart(run_folder, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     (copy / "run.json").unlink()

@@ -339,6 +339,22 @@ class Server(uvicorn.Server):
             self.ready()
 
 
+def check_token(host: str, token: str | None) -> None:
+    """Raises UserError when other machines could reach the demo without a token."""
+    if host not in SHOWN_AS and not token:
+        raise UserError(
+            f"--host {host} lets other machines reach the demo, so it needs a token that they must know: "
+            f"add --token {secrets.token_hex(10)} (or any long word of your own), "
+            "or leave --host out to serve this machine only."
+        )
+
+
+def check_address(host: str, port: int, token: str | None) -> None:
+    """What `serve` would refuse, for callers who have a model to load first. Raises UserError as `serve` does."""
+    check_token(host, token)
+    listen(host, port).close()
+
+
 def serve(
     run: Run,
     index: Index,
@@ -353,12 +369,7 @@ def serve(
         UserError: the port is taken (the message names a free one), or `host` is reachable from other machines and no
             token was given.
     """
-    if host not in SHOWN_AS and not token:
-        raise UserError(
-            f"--host {host} lets other machines reach the demo, so it needs a token that they must know: "
-            f"add --token {secrets.token_hex(10)} (or any long word of your own), "
-            "or leave --host out to serve this machine only."
-        )
+    check_token(host, token)
     app = create_app(run, index, token=token)
     with listen(host, port) as sock:
         shown = "localhost" if host in ("0.0.0.0", "::") else SHOWN_AS.get(host, f"[{host}]" if ":" in host else host)
