@@ -213,6 +213,15 @@ def list_presets(args: argparse.Namespace) -> int:
     return 0
 
 
+def draw_figure(args: argparse.Namespace) -> int:
+    from interlace.draw import draw
+
+    draw(args.what, args.out, words=args.words, cells=args.cells)
+    if args.out:
+        print(f"figure: {args.out}")
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------------------- parser
 
 
@@ -318,6 +327,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-browser", action="store_true")
 
     verb("list", list_presets, "the published systems that ship as presets")
+
+    sub = verb("draw", draw_figure, "a model's figure: who reads whom, where the streams meet, what each part costs")
+    sub.add_argument("what", help="a preset (interlace list), a run folder, or a recipe")
+    sub.add_argument("--out", metavar="FILE.svg", help="write the figure as SVG, too")
+    sub.add_argument("--words", type=int, default=16, help="length of the text whose multiply-adds are counted")
+    sub.add_argument("--cells", type=int, default=0, help="length of the image stream (default: the model's own)")
     return parser
 
 
