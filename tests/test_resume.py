@@ -81,6 +81,11 @@ def test_a_run_that_died_goes_on_to_the_same_weights_bit_for_bit(number, code, c
     assert steps == list(range(1, STEPS + 1))  # every step once, none lost and none twice
 
 
+def test_ctrl_c_ends_with_its_own_status(config, tmp_path):
+    assert run_until(config, tmp_path / "run", 3, signal.SIGINT) == 130
+    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*/COMPLETE"))
+
+
 def test_loader_processes_change_nothing(config, uninterrupted, tmp_path):
     with_workers = command(config, tmp_path / "run", "data.workers=2")
     subprocess.run(with_workers, check=True, capture_output=True, env=ENVIRONMENT)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from tqdm import tqdm
 
+from interlace.bars import bar
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.processor import Processor, asdict_shallow
 from interlace.data.rows import Source
@@ -137,7 +137,7 @@ def _write_images(model: VLModel, processor: Processor, source: Source, rows: np
             out[position, view] = state
         waiting.clear()
 
-    for position, row in enumerate(tqdm(rows, desc="frozen image tower", unit="picture", mininterval=1)):
+    for position, row in enumerate(bar(rows, desc="frozen image tower", unit="picture", mininterval=1)):
         try:
             picture = open_picture(source.picture(int(row)), size_hint=2 * processor.size)
         except BadPicture as bad:
@@ -163,7 +163,7 @@ def _write_texts(model: VLModel, processor: Processor, source: Source, split: st
     ordered = sorted(texts | {""}, key=lambda t: (len(t), t))
     tower, starts = cast("TextTower", model.text).tower, [0]
     with open(work / "words.raw", "wb") as raw:
-        for at in tqdm(range(0, len(ordered), BATCH), desc="frozen text tower", unit="batch", mininterval=1):
+        for at in bar(range(0, len(ordered), BATCH), desc="frozen text tower", unit="batch", mininterval=1):
             ids, mask = processor.texts(ordered[at : at + BATCH])
             states = tower(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
             for state, real in zip(states.half().cpu().numpy(), mask.numpy().astype(bool)):

@@ -14,6 +14,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
+from interlace.bars import bar
 from interlace.data.rows import Pair, Source
 from interlace.errors import UserError
 from interlace.search import calibrate
@@ -109,9 +110,9 @@ def build_index(
             index.save()
             with (
                 open(folder / SKIPPED, "w", encoding="utf-8") as file,
-                tqdm(total=len(chosen), unit=" pictures", desc="indexing", disable=not progress, smoothing=0.05) as bar,
+                bar(total=len(chosen), unit=" pictures", desc="indexing", disable=not progress, smoothing=0.05) as todo,
             ):
-                _Build(index, run, report, file, bar, batch, committed).go(source.pair(i) for i in chosen)
+                _Build(index, run, report, file, todo, batch, committed).go(source.pair(i) for i in chosen)
             _finish(index, run, report)
             index.manifest.source = origin
             index.manifest.complete = True

@@ -344,7 +344,7 @@ def blocks(rows: int, columns: int, title: str = "") -> Iterator[slice]:
     """Slices of rows, each of about BLOCK_NUMBERS numbers; with a title, a bar once it has taken two seconds."""
     step = max(1, BLOCK_NUMBERS // max(1, columns))
     starts = range(0, rows, step)
-    for start in tqdm(starts, desc=title, unit="block", leave=False, delay=2, disable=not title):
+    for start in tqdm(starts, desc=title, unit="block", leave=False, delay=2, disable=None if title else True):
         yield slice(start, min(start + step, rows))
 
 
