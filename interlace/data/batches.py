@@ -33,9 +33,10 @@ class Drawer:
                 return other.caption
         return ""
 
-    def question_about(self, row: int, rng: np.random.Generator) -> Question | None:
+    def questions_about(self, row: int, rng: np.random.Generator, most: int = 1) -> list[Question]:
+        """Up to `most` different questions about the row's picture."""
         mine = self.asked.of(row)
-        return self.source.question(int(mine[rng.integers(len(mine))])) if len(mine) else None
+        return [self.source.question(int(n)) for n in rng.permutation(mine)[:most]]
 
 
 class QuestionsByRow:

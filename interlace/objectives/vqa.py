@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from interlace.errors import UserError
 from interlace.model import VLModel
 from interlace.objectives.base import Batch, Objective, Scored, Views
 
@@ -17,37 +18,55 @@ class VQA(Objective):
     Columns: image, question, answers with weights. Hides: nothing. Sees: everyone sees everyone. Head: answers.
     Logs: vqa, vqa_accuracy (the soft score of the answer on top).
 
-    One question of the picture is drawn a visit, by (seed, epoch, row). Answers outside the list are dropped; a
-    question none of whose answers is in the list is not scored.
+    `questions` of the picture are drawn a visit, by (seed, epoch, row): the picture is encoded once for all of them.
+    Answers outside the list are dropped; a question none of whose answers is in the list is not scored.
     """
 
     name = "vqa"
     head = "answers"
 
-    def __init__(self, answers: list[str] | None = None, min_count: int = 1):
-        self.answers, self.min_count = answers or [], min_count
+    def __init__(self, answers: list[str] | None = None, min_count: int = 1, questions: int = 1):
+        if questions < 1:
+            raise UserError("vqa.questions, how many are asked about a picture a visit, is at least 1; "
+                            f"got {questions}.")  # fmt: skip
+        self.answers, self.min_count, self.questions = answers or [], min_count, questions
         self.index = {a: n for n, a in enumerate(self.answers)}
 
     def head_options(self) -> dict:
         return {"labels": len(self.answers)}
 
+    def texts(self) -> list[str]:
+        """Names of its texts in a sample: "question", "question1", ..."""
+        return ["question", *(f"question{n}" for n in range(1, self.questions))]
+
     def prepare(self, sample, row, index, draw, rng) -> None:
-        question = draw.question_about(index, rng)
-        sample["texts"]["question"] = question.question if question else ""
-        target = np.zeros(len(self.answers), np.float32)
-        for answer, score in question.answers if question else []:
-            if answer in self.index:
-                target[self.index[answer]] = max(score, target[self.index[answer]])
+        target = np.zeros((self.questions, len(self.answers)), np.float32)
+        drawn = draw.questions_about(index, rng, self.questions)
+        for n, name in enumerate(self.texts()):
+            question = drawn[n] if n < len(drawn) else None
+            sample["texts"][name] = question.question if question else ""
+            for answer, score in question.answers if question else []:
+                if answer in self.index:
+                    target[n, self.index[answer]] = max(score, target[n, self.index[answer]])
         sample["answer_scores"] = torch.from_numpy(target)
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
-        out = model.fuse(views.text("question"), views.image())
-        logits = model.heads["answers"](out.pooled_text, out.pooled_image).float()  # (B, A)
-        target = batch["answer_scores"].to(logits)
-        asked = batch["question_real"] & (target > 0).any(-1)
-        per_row = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
+        target = batch["answer_scores"]  # (B, questions, A), or (B, A) when there is one
+        target = target if target.ndim == 3 else target.unsqueeze(1)
+        names = self.texts()[: target.shape[1]]
+        words, image = views.text(names[0]), views.image()
+        for name in names[1:]:
+            words = words.join(views.text(name))
+        if len(names) > 1:
+            image = image.rows(torch.arange(views.size, device=target.device).repeat(len(names)))
+        out = model.fuse(words, image)
+        logits = model.heads["answers"](out.pooled_text, out.pooled_image).float()  # (questions * B, A)
+        scores = target.transpose(0, 1).flatten(0, 1).to(logits)  # (questions * B, A)
+        real = torch.cat([batch[f"{name}_real"] for name in names])
+        asked = real & (scores > 0).any(-1)
+        per_row = F.binary_cross_entropy_with_logits(logits, scores, reduction="none").sum(-1)
         loss = (per_row * asked).sum() / len(asked)  # by all rows, so that micro-batches and ranks average to the whole
         with torch.no_grad():
-            score = target.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
+            score = scores.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
             logs = {"vqa": loss.detach(), "vqa_accuracy": (score * asked).sum() / asked.sum().clamp(min=1)}
         return Scored(loss, logs)
