@@ -54,8 +54,8 @@ def compose(what: Composition, objectives: list[Objective], augment: Augment | N
         cells = cast(ImageTower, model.image)
         cells.tower.load_state_dict(image.model.state_dict())
         cells.start()
-    quiet_branches(model.schedule)
-    if "contrast" in model.heads and model.contrast.text.out_features == what.width:
+        quiet_branches(model.schedule)  # what two towers know already is worth more than a random mixture of it
+    if image is not None and "contrast" in model.heads and model.contrast.text.out_features == what.width:
         nn.init.eye_(model.contrast.text.weight)
         nn.init.eye_(model.contrast.image.weight)
     if "answers" in model.heads:

@@ -102,7 +102,7 @@ def toy_settings(shapes: Path, tower: Path, out: Path, **train):
         model=Composition(text=str(tower), image="patches", patch=8, size=48, layers=2, width=32, heads=4,
                           max_length=16, dropout=0.0),
         augment=Augment(smallest_crop=0.9, flip=True, colour=0.05),
-        objectives={"itc": {"size": 32}, "itm": {"negatives": "both"}, "vqa": {}},
+        objectives={"itc": {"size": 32}, "itm": {"negatives": "both"}, "vqa": {"questions": 3}},
         train=TrainSettings(**{"out": str(out), "steps": 160, "batch": 40, "lr": 3e-3, "text_lr": 3e-3, "log_every": 10,
                                "checkpoint_every": 1000, **train}),
     )  # fmt: skip

@@ -70,7 +70,7 @@ def test_it_learns_and_it_looks_at_the_picture(tiny_run, shapes):
     t2i, accuracy = metrics["retrieval"]["t2i"]["R@1"], metrics["vqa"]["accuracy"]
     assert t2i["value"] > 10 * t2i["chance"]
     assert t2i["blind"] < 0.3
-    assert accuracy["value"] > 0.85 and accuracy["blind"] < accuracy["value"] - 0.2
+    assert accuracy["value"] > accuracy["chance"] + 0.2 and accuracy["blind"] < accuracy["value"] - 0.2
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
     assert metrics["image_to_image"]["shape"]["mAP"]["value"] > metrics["image_to_image"]["shape"]["mAP"]["chance"]
 
