@@ -349,9 +349,6 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-_quiet = quiet
-
-
 def _max_tokens(model: PreTrainedModel) -> int | None:
     longest = getattr(model.config, "max_position_embeddings", None)
     for path, module in model.named_modules():

@@ -55,7 +55,7 @@ def test_data_named_as_a_config_is_recognised(tmp_path, monkeypatch):
                                       "Did you mean 'negatives'?"),
         ("itc", {"size": "wide"}, "objectives.itc.size: expected a whole number, got 'wide'."),
         ("itc", {"temperature": True}, "objectives.itc.temperature: expected a number, got True."),
-        ("vqa", {"colour": 1}, "objective vqa has no option 'colour'; it has answers, min_count, weight."),
+        ("itc", {"colour": 1}, "objective itc has no option 'colour'; it has size, temperature, weight."),
     ],
 )  # fmt: skip
 def test_an_option_an_objective_does_not_have_is_named_with_those_it_has(name, options, said):

@@ -317,7 +317,7 @@ def load_decoder(name: str | Path) -> PreTrainedModel:
     config.is_decoder, config.add_cross_attention = True, True
     folder = resolve_tower(name, "text")
     try:
-        with towers._quiet():
+        with towers.quiet():
             loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                           output_loading_info=True)  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
