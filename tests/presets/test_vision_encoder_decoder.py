@@ -331,6 +331,10 @@ def test_ids_are_changed_together_or_not_used(pixels):
         model.generate(pixels)
     model.set_ids(Ids(2, 1, 2))
     assert model.generate(pixels, max_length=4)[:, 0].eq(2).all()
+    model.set_ids(Ids(2, 1, 5))
+    said = contract(model)
+    assert said["config"] == said["generation"] == Ids(2, 1, 5)
+    assert (said["bos"], said["decoder"]) == ((2, 2), (2, 1, 5))
 
 
 @pytest.mark.parametrize("ids,message", [(Ids(2, 0, 99), "0 to 19"), (Ids(2, 1, 3), "built to pad with 0")])
