@@ -222,6 +222,14 @@ def draw_figure(args: argparse.Namespace) -> int:
     return 0
 
 
+def convert_release(args: argparse.Namespace) -> int:
+    from interlace.convert import convert
+
+    convert(args.source, args.out, args.preset)
+    print(f"model folder: {args.out}")
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------------------- parser
 
 
@@ -333,6 +341,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="FILE.svg", help="write the figure as SVG, too")
     sub.add_argument("--words", type=int, default=16, help="length of the text whose multiply-adds are counted")
     sub.add_argument("--cells", type=int, default=0, help="length of the image stream (default: the model's own)")
+
+    sub = verb("convert", convert_release, "bring a published model's weights over: config.json and model.safetensors")
+    sub.add_argument("source", help="a local .bin, .pth, .pt or .safetensors file, or a folder of transformers")
+    sub.add_argument("out", help="the folder to write")
+    sub.add_argument("--preset", required=True, metavar="NAME", help="whose weights they are (interlace list)")
     return parser
 
 
