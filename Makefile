@@ -19,6 +19,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[search,demo,samples,dev]'
+	# the release our EfficientNet-Lite is compared with; it asks for an old torch by name, so without its dependencies
+	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite-pytorch==0.1.0
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
