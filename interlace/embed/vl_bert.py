@@ -110,9 +110,6 @@ class ElementRegions(nn.Module):
     def forward(self, regions: Regions, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features (B, I, F), boxes (B, I, 4), mask (B, I) -> states (B, 1+I, D), mask (B, 1+I). Cell 0 carries the
         whole picture's feature to the words; where the streams meet it becomes [END], whose place here is free."""
-        if regions.features.shape[1] == 0:
-            raise UserError("a picture without regions: the first region is the whole picture; for text alone give no "
-                            "regions at all.")  # fmt: skip
         objects = self.objects(regions)
         token: Tensor = self.token
         if regions.hidden is not None:
