@@ -25,6 +25,24 @@ class Patches(Embedder):
         return PatchEmbedding(self)
 
 
+def check_pixels(pixels: Tensor, patch: int) -> None:
+    """Raises UserError unless these are pictures (B, 3, h, w) whose sides are multiples of a patch."""
+    if not isinstance(pixels, Tensor):
+        raise UserError(f"the model reads pictures, a tensor (B, 3, height, width), got {type(pixels).__name__}: "
+                        "regions of a detector belong to another preset.")  # fmt: skip
+    if pixels.dim() != 4 or pixels.shape[1] != 3:
+        raise UserError(f"expected pictures (B, 3, height, width), got {tuple(pixels.shape)}: put one picture in a "
+                        "batch of one, its colours before its rows, grey ones as three equal colours.")  # fmt: skip
+    height, width = pixels.shape[-2:]
+    if min(height, width) < patch:
+        raise UserError(f"a picture of {width}x{height} pixels is smaller than one patch ({patch}): resize it to at "
+                        "least that.")  # fmt: skip
+    if height % patch or width % patch:  # the convolution would leave out what is over, without a word
+        fits = [max(patch, round(side / patch) * patch) for side in (width, height)]
+        raise UserError(f"a picture of {width}x{height} pixels does not divide into patches of {patch}: resize it, to "
+                        f"{fits[0]}x{fits[1]} for example.")  # fmt: skip
+
+
 class PatchEmbedding(nn.Module):
     def __init__(self, spec: Patches):
         super().__init__()
@@ -39,9 +57,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, h, w), normalised -> (B, 1 + cells, D). Other sizes interpolate the positions, bicubic."""
-        if min(pixels.shape[-2:]) < self.patch:
-            raise UserError(f"a picture of {pixels.shape[-1]}x{pixels.shape[-2]} pixels is smaller than one patch "
-                            f"({self.patch}): resize it to at least that.")  # fmt: skip
+        check_pixels(pixels, self.patch)
         cells = self.project(pixels)  # (B, D, h/p, w/p)
         positions: Tensor = self.positions
         if cells.shape[-2:] != (self.side, self.side):

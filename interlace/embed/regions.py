@@ -37,8 +37,8 @@ def check_regions(features: Any, boxes: Any = None) -> None:
     """
     features = np.asarray(features)
     if features.ndim != 2 or not features.size:
-        raise UserError(f"expected features of at least one region, (regions, numbers), got {features.shape}: leave the "
-                        "picture out, or give the whole picture as its one region.")  # fmt: skip
+        raise UserError(f"expected features of at least one region, (regions, numbers), got {features.shape}: leave "
+                        "the picture out, or give the whole picture as its one region.")  # fmt: skip
     _none_of(~np.isfinite(features).all(1), "features that are not finite numbers", features, "extract them again")
     if boxes is None:
         return
@@ -59,7 +59,8 @@ def _none_of(wrong: np.ndarray, what: str, rows: np.ndarray, fix: str) -> None:
         n = int(wrong.argmax())
         shown = ", ".join(f"{x:.4g}" for x in rows[n][:4]) + (", ..." if rows.shape[1] > 4 else "")
         raise UserError(f"region {n} of {len(rows)} has {what} ({shown})"
-                        + (f", and so have {int(wrong.sum()) - 1} more" if wrong.sum() > 1 else "") + f": {fix}.")  # fmt: skip
+                        + (f", and so have {int(wrong.sum()) - 1} more" if wrong.sum() > 1 else "")
+                        + f": {fix}.")  # fmt: skip
 
 
 @dataclass

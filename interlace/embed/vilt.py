@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from interlace.embed.patches import PatchEmbedding, Patches
+from interlace.embed.patches import PatchEmbedding, Patches, check_pixels
 from interlace.embed.words import WordEmbedding, Words
 from interlace.errors import UserError
 
@@ -91,9 +91,10 @@ class ViLTPatchEmbedding(PatchEmbedding):
 
     def embed(self, pixels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """-> patches with positions (B, 1+K, D), their mask (B, 1+K), and their row and column (B, K, 2)."""
-        if min(pixels.shape[-2:]) < self.patch:
-            raise UserError(f"a picture of {pixels.shape[-1]}x{pixels.shape[-2]} pixels is smaller than one patch "
-                            f"({self.patch}): resize it to at least that.")  # fmt: skip
+        check_pixels(pixels, self.patch)
+        if mask is not None and mask.shape != (len(pixels), *pixels.shape[-2:]):
+            raise UserError(f"expected a mask of pixels {(len(pixels), *pixels.shape[-2:])}, got {tuple(mask.shape)}: "
+                            "it has a number for each pixel, not for each patch.")  # fmt: skip
         cells = self.project(pixels)  # (B, D, h, w)
         width = cells.shape[-1]
         real = self.grid(mask) if mask is not None else torch.ones_like(cells[:, 0], dtype=torch.bool)
