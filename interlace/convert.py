@@ -312,10 +312,10 @@ def load(source: str | Path, name: str) -> Converted:
                 load_foreign(VLModel(make()), tensors, keys, prefix)
         further = HEADS.get(first, {})
         config = sized(make(), shapes, given, further, "HF_" in table)
-        if "words" in config.heads and "heads.words.out.weight" not in shapes:  # transformers ties it to the words
+        if line.system == "ViLT" and "mlm" in config.heads and "heads.mlm.out.weight" not in shapes:  # transformers ties it
             words = tensors[f"{prefix}vilt.embeddings.text_embeddings.word_embeddings.weight"]
             tensors[f"{prefix}mlm_score.decoder.weight"] = words
-            config.heads["words"]["labels"] = len(words)
+            config.heads["mlm"]["labels"] = len(words)
     model = VLModel(config)
     fresh = ("heads.contrast.temperature",) if table == "HF_KEYS" and line.system == "BLIP" else ()
     return Converted(model, load_foreign(model, tensors, keys, prefix, fresh), table, prefix)

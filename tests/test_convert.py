@@ -104,9 +104,9 @@ def test_transformers_one_epsilon_is_taken(tmp_path):
     ids, pixels = torch.tensor([[2, 5, 6, 3]]), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         expected = theirs(input_ids=ids, pixel_values=pixels, pixel_mask=torch.ones(1, 32, 32)).logits
-        got = ours.heads["words"](ours(ids, pixels).text)
+        got = ours.heads["mlm"](ours(ids, pixels).text)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
-    assert ours.config.heads.keys() == {"words"} and vilt.HF_KEYS
+    assert ours.config.heads.keys() == {"mlm"} and vilt.HF_KEYS
 
 
 def test_heads_that_nothing_tells(tmp_path):

@@ -54,7 +54,7 @@ def vilt(width: Width | None = None, layers: int = 12, text: dict[str, Any] | No
         "text": read,
         "image": ViLTPatches(width, **(image or {})),
         "segments": {"joint": [JOINT] * layers, "close": [norm(shared=True)]},
-        "heads": {"words": words(read.vocabulary), "match": MATCH},
+        "heads": {"mlm": words(read.vocabulary), "match": MATCH},
         **changes,
     })  # fmt: skip
 
@@ -106,10 +106,10 @@ KEYS = {
     f"{_AT}.mlp.fc2": f"{_TO}.ffn.down",
     "transformer.norm": "schedule.close.0.norm",
     "pooler.dense": "poolers.text.dense",
-    "mlm_score.transform.dense": "heads.words.dense",
-    "mlm_score.transform.LayerNorm": "heads.words.norm",
-    "mlm_score.decoder.weight": "heads.words.out.weight",
-    "mlm_score.bias": "heads.words.out.bias",
+    "mlm_score.transform.dense": "heads.mlm.dense",
+    "mlm_score.transform.LayerNorm": "heads.mlm.norm",
+    "mlm_score.decoder.weight": "heads.mlm.out.weight",
+    "mlm_score.bias": "heads.mlm.out.bias",
     "itm_score.fc": "heads.match.out",
     "rank_output": "heads.rank.out",
     **{f"{theirs}_classifier.{n}": f"heads.{ours}.{part}" for theirs, ours in (("vqa", "answers"), ("nlvr2", "nlvr2"))
@@ -131,10 +131,10 @@ HF_KEYS = {  # transformers' ViltForMaskedLM, ViltForQuestionAnswering, ViltForI
     f"{_AT}.output.dense": f"{_TO}.ffn.down",
     "vilt.layernorm": "schedule.close.0.norm",
     "vilt.pooler.dense": "poolers.text.dense",
-    "mlm_score.transform.dense": "heads.words.dense",
-    "mlm_score.transform.LayerNorm": "heads.words.norm",
-    "mlm_score.decoder": "heads.words.out",
-    "mlm_score.bias": "heads.words.out.bias",  # a second name in older files
+    "mlm_score.transform.dense": "heads.mlm.dense",
+    "mlm_score.transform.LayerNorm": "heads.mlm.norm",
+    "mlm_score.decoder": "heads.mlm.out",
+    "mlm_score.bias": "heads.mlm.out.bias",  # a second name in older files
     "rank_output": "heads.rank.out",
     **{f"classifier.{n}": f"heads.answers.{part}" for n, part in ((0, "dense"), (1, "norm"), (3, "out"))},
 }

@@ -82,7 +82,7 @@ def test_states_and_heads(golden, model, halves):
 def test_masked_words(golden, model, halves):
     with torch.no_grad():
         text = model.half_text(golden.inputs["text_ids_mlm"], golden.inputs["text_masks"])
-        logits = model.heads["words"](model.fuse(text, halves[1]).text)
+        logits = model.heads["mlm"](model.fuse(text, halves[1]).text)
     golden.close(logits, "mlm_logits", text.mask)
     loss = F.cross_entropy(logits.flatten(0, 1), golden.inputs["text_labels_mlm"].flatten(), ignore_index=-100)
     golden.close(loss, "mlm_loss")

@@ -58,11 +58,11 @@ def test_blip_answers_by_the_question_and_the_picture():
 
 def test_vilt_reads_a_hidden_word_off_the_picture():
     torch.manual_seed(0)
-    model, pixels = VLModel(vilt.tiny(heads={"words": vilt.words(99)})), pictures(4)
+    model, pixels = VLModel(vilt.tiny(heads={"mlm": vilt.words(99)})), pictures(4)
     ids, words = torch.tensor([[2, 4, 3]]).expand(4, -1), torch.tensor([10, 20, 30, 40])
-    learn(model, lambda: F.cross_entropy(model.heads["words"](model(ids, pixels).text[:, 1]), words), 80)
+    learn(model, lambda: F.cross_entropy(model.heads["mlm"](model(ids, pixels).text[:, 1]), words), 80)
     with torch.no_grad():
-        assert model.heads["words"](model(ids, pixels).text[:, 1]).argmax(1).tolist() == words.tolist()
+        assert model.heads["mlm"](model(ids, pixels).text[:, 1]).argmax(1).tolist() == words.tolist()
 
 
 def test_clip_finds_each_picture():

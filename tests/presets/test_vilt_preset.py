@@ -74,7 +74,7 @@ def test_training_draws_a_part_of_the_patches_and_evaluation_sees_all():
 def test_gradient_reaches_everything():
     model = VLModel(vilt.tiny())
     out = model(IDS, torch.randn(2, 3, 32, 48), MASK, boxes((32, 48), (16, 24)))
-    loss = model.heads["words"](out.text).square().sum() + model.heads["match"](out.pooled_text).sum() + out.image.sum()
+    loss = model.heads["mlm"](out.text).square().sum() + model.heads["match"](out.pooled_text).sum() + out.image.sum()
     loss.backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
     assert [n for n in silent if not n.endswith("key.bias")] == []
