@@ -40,10 +40,9 @@ class BadPicture(Exception):
         self.reason = reason
 
 
-@cache
 def _formats() -> list[str]:
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+    return [name for name in FORMATS if name in Image.OPEN]  # not kept: HEIF enters while other threads decode
 
 
 @cache
@@ -53,7 +52,6 @@ def _heic_ready() -> bool:
     except ImportError:
         return False
     pillow_heif.register_heif_opener()
-    _formats.cache_clear()
     return True
 
 

@@ -1,7 +1,8 @@
 """What comes in from anywhere: the right pixels, or a refusal with a reason; never something in between."""
 
-import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -9,8 +10,12 @@ import pytest
 from makers import drawing, encoded
 from PIL import Image, features
 
+from interlace.data.check import check
 from interlace.data.pictures import BadPicture, open_picture, to_rgb
 from interlace.data.rows import Picture
+from interlace.data.sources import open_source
+
+HEIC_HEADER = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100)
 
 
 def pixels(ref, **options):
@@ -174,18 +179,61 @@ def test_every_way_to_name_a_picture(tmp_path):
     assert "ends before" in refused(Picture(path=str(pack), offset=6, length=10**6))
 
 
-def test_heic_needs_its_extra(monkeypatch):
-    header = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100)
-    try:
-        import pillow_heif
-    except ImportError:
-        assert refused(header) == "HEIC, which needs `pip install interlace[heic]`"
-        return
+def heic(picture: Image.Image, orientation: int = 1) -> bytes:
+    """As phones write it: the turn stands twice, in the file's own `irot` and in EXIF."""
+    import pillow_heif
+
     pillow_heif.register_heif_opener()
-    out = io.BytesIO()
-    drawing(2, side=64).save(out, "HEIF", quality=95)
-    assert np.abs(pixels(out.getvalue()) - np.asarray(drawing(2, side=64)).astype(int)).mean() < 8
-    assert refused(header)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(picture, "HEIF", quality=95, exif=exif.tobytes())
+
+
+def test_heic_has_its_colours_and_is_turned_once():
+    flat = np.asarray(drawing(2, side=64)).astype(int)
+    assert np.abs(pixels(heic(drawing(2, side=64))) - flat).mean() < 8
+    picture = Image.new("RGB", (80, 40), "white")
+    picture.paste("red", (0, 0, 40, 40))  # left half red
+    turned = heic(picture, orientation=6)  # clockwise by 90 degrees: left becomes top
+    assert b"irot" in turned and b"irot" not in heic(picture)
+    for hint in (None, 10):
+        seen = pixels(turned, size_hint=hint)
+        high, wide = seen.shape[:2]
+        assert high == 2 * wide and seen[high // 8, wide // 2, 1] < 60 and seen[-high // 8, wide // 2, 1] > 200
+
+
+def test_broken_heic_is_refused_like_the_others():
+    whole = heic(Image.effect_noise((256, 256), 90).convert("RGB"))
+    for part in (whole[: len(whole) // 2], HEIC_HEADER):
+        assert "truncated" in (reason := refused(part)) or "broken" in reason or "unknown format" in reason
+    assert refused(heic(drawing(0)), max_pixels=1000).startswith("too many pixels")
+
+
+def test_heic_in_a_table(tmp_path):
+    rows = ["image,caption"]
+    for n in range(12):
+        (tmp_path / f"{n}.heic").write_bytes(heic(drawing(n, side=64), orientation=6 if n % 2 else 1))
+        rows.append(f"{n}.heic,picture {n}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    source = open_source(tmp_path)
+    assert len(source) == 12
+    for n in range(12):
+        picture = drawing(n, side=64)
+        upright = picture.transpose(Image.Transpose.ROTATE_270) if n % 2 else picture
+        seen = pixels(source.pair(n).picture)
+        assert np.abs(seen - np.asarray(upright).astype(int)).mean() < 8
+    report = check(source)
+    assert not report.unreadable and report.exit_status == 0
+
+    program = """
+import sys
+sys.modules["pillow_heif"] = None  # as where the extra is not installed
+from interlace.data.check import check
+report = check(sys.argv[1])
+print(sorted({reason for _, reason in report.unreadable}), len(report.unreadable))
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "['HEIC, which needs `pip install interlace[heic]`'] 12", done.stderr
 
 
 def test_the_caller_owns_the_pixels(tmp_path):
