@@ -17,6 +17,7 @@ many states they read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from interlace.config import VLConfig
+from interlace.embed.conv import BlockEmbedding, Blocks
 from interlace.embed.patches import Patches
 from interlace.embed.stem import ImageStem, ImageTower, TextTower
 from interlace.embed.vl_bert import VLBERTRegions
@@ -229,7 +231,7 @@ def groups(schedule: Schedule, segments: dict[str, list[Kind]], text: int, image
 def cells_of(config: VLConfig) -> int:
     """States of the image stream: of a picture of the configured size, or of 36 regions."""
     spec = config.image
-    if isinstance(spec, ImageStem):
+    if isinstance(spec, ImageStem | Blocks):
         return spec.cells
     if isinstance(spec, Patches):
         return (spec.size // spec.patch) ** 2 + 1
@@ -246,11 +248,13 @@ def embedders(model: VLModel, words: int, cells: int) -> tuple[Part, Part]:
         read = _tower(model.text, torch.zeros(1, words, dtype=torch.long, device="meta"))
     if isinstance(model.image, ImageTower):
         seen = _tower(model.image, torch.empty(1, 3, image.size, image.size, device="meta"))  # type: ignore[attr-defined]
+    if isinstance(model.image, BlockEmbedding):  # its first layers run on more cells than it gives
+        seen = _tower(model.image.contents, torch.empty(1, 3, image.size, image.size, device="meta"))  # type: ignore[attr-defined]
     return (Part(text.name, text.width.size, count(model.text), read),
             Part(image.name, image.width.size, count(model.image), seen))  # fmt: skip
 
 
-def _tower(tower: nn.Module, given: torch.Tensor) -> int | None:
+def _tower(tower: Callable[[torch.Tensor], object], given: torch.Tensor) -> int | None:
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             tower(given)

@@ -8,12 +8,13 @@ from torch import nn
 
 from interlace.errors import UserError, suggest
 from interlace.heads.pair import Answers, Contrast, Match
+from interlace.heads.pixels import Pixels
 from interlace.heads.predict import Linear, Tied, Transformed
 
-HEADS: dict[str, type[nn.Module]] = {"contrast": Contrast, "match": Match, "answers": Answers,
-                                     "linear": Linear, "transformed": Transformed, "tied": Tied}  # fmt: skip
+HEADS: dict[str, type[nn.Module]] = {"contrast": Contrast, "match": Match, "answers": Answers, "linear": Linear,
+                                     "transformed": Transformed, "tied": Tied, "pixels": Pixels}  # fmt: skip
 
-__all__ = ["HEADS", "Answers", "Contrast", "Linear", "Match", "Tied", "Transformed", "build_head"]
+__all__ = ["HEADS", "Answers", "Contrast", "Linear", "Match", "Pixels", "Tied", "Transformed", "build_head"]
 
 
 def build_head(name: str, options: dict[str, Any], text: int, image: int) -> nn.Module:

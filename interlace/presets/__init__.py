@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from interlace.errors import UserError, suggest
-from interlace.presets import blip, clip, lxmert, uniter, vilbert, vilt, visual_bert, vl_bert
+from interlace.presets import blip, clip, lxmert, mlim, uniter, vilbert, vilt, visual_bert, vl_bert
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +51,9 @@ PRESETS = {
                           135_660_092, vilt, vilt.vilt),
     "clip":        Preset("CLIP",       2021, "dual",   (25, 25), "patches of 32", "itc",
                           151_277_313, clip, clip.clip, {"clip_large": clip.clip_large}),
+    "mlim":        Preset("MLIM",       2021, "single", (0, 24),  "blocks of 32",  "mam, recon",
+                          339_380_365, mlim, mlim.mlim,
+                          {"mlim_base": mlim.mlim_base, "mlim_grid3": mlim.mlim_grid3}),
     "blip":        Preset("BLIP",       2022, "dual",   (13, 25), "patches of 16", "itc, itm, lm",
                           252_441_919, blip, blip.blip,
                           {"blip_large": partial(blip.blip, **blip.large()), "blip_retrieval": blip.blip_retrieval,

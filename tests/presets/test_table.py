@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from interlace.cli import main
+from interlace.embed.conv import Blocks
 from interlace.embed.patches import Patches
 from interlace.embed.regions import RegionEmbedder
 from interlace.errors import UserError
@@ -21,8 +22,9 @@ def test_a_line_is_true(name):
     assert objectives(line.module.PRETRAIN) == line.objectives
     assert f"({line.year}" in line.module.__doc__ or f" {line.year}" in line.module.__doc__
     spec = model.config.image
-    sees = "regions" if isinstance(spec, RegionEmbedder) else f"patches of {spec.patch}"
-    assert sees == line.sees and isinstance(spec, RegionEmbedder | Patches)
+    cells = "blocks" if isinstance(spec, Blocks) else "patches"
+    sees = "regions" if isinstance(spec, RegionEmbedder) else f"{cells} of {spec.patch}"
+    assert sees == line.sees and isinstance(spec, RegionEmbedder | Patches | Blocks)
     joint = {kind.name for kinds in model.config.segments.values() for kind in kinds} & {"joint", "each"}
     assert (line.streams == "single") == bool(joint)
 

@@ -1,0 +1,135 @@
+"""MLIM (Arici et al. 2021, arXiv:2109.12178): words and a shallow CNN's cells in one BERT, which guesses hidden words
+and draws the whole picture again. No detector, no alignment loss, no negatives.
+
+There is neither code nor a checkpoint of the paper, and the paper's text was not at hand: what follows was told by its
+abstract and by summaries. Known: the CNN's and the decoder's kinds, depths and sizes, BERT-large uncased, 384 pixels,
+[MASK]'s vector for hidden words and cells alike, both losses and their sum, the three masking modes and the heavy rate
+of 0.8, modality dropout. Not verified, so defaults of ours and options all:
+- how many of the CNN's seven layers have a stride: five here (12x12 cells), seven in `mlim_grid3` (3x3 cells); the
+  channels of CNN and decoder, which meet the published sizes of 0.2 and 2.8 million;
+- pixels between 0 and 1 for the CNN too, no class token for the picture, type 0 and one norm for words and cells;
+- hidden words are always replaced by [MASK], a light rate of 0.15, the weight 1 of the picture's loss;
+- how the two items of a pair are compared in fine-tuning, and the chances of modality dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from interlace.config import VLConfig
+from interlace.embed.conv import Blocks
+from interlace.embed.words import Words
+from interlace.errors import UserError
+from interlace.heads import HEADS
+from interlace.layers import JOINT, Width
+from interlace.model import VLModel, VLOutput
+from interlace.weights import Keys, Report, bert_layer, load_foreign
+
+
+def mlim(text: Words | None = None, image: Blocks | None = None, layers: int = 24, **changes: Any) -> VLConfig:
+    """The paper's size: BERT-large, 384 pixels, 12x12 cells, with the heads of pre-training. Texts of 128 words."""
+    text = text or Words(LARGE, pool="tanh")
+    image = image or Blocks(LARGE)
+    return VLConfig(**{
+        "text": text,
+        "image": image,
+        "segments": {"joint": [JOINT] * layers},
+        "heads": {"mlm": {"kind": "tied", "labels": text.vocabulary}, "pixels": decoder(image)},
+        **changes,
+    })  # fmt: skip
+
+
+def mlim_grid3(**changes: Any) -> VLConfig:
+    """All seven layers of the CNN with a stride, read literally: 3x3 cells of 128x128 pixels."""
+    image = Blocks(LARGE, channels=[8, 16, 24, 32, 40, 44], strides=[2] * 7, kernels=[2] * 7)
+    return mlim(**{"image": image, **changes})
+
+
+def mlim_base(**changes: Any) -> VLConfig:
+    """BERT-base, 224 pixels, 7x7 cells. Not in the paper."""
+    width = Width(768, heads=12)
+    return mlim(**{"text": Words(width, pool="tanh"), "image": Blocks(width, size=224), "layers": 12, **changes})
+
+
+def tiny(**changes: Any) -> VLConfig:
+    width = Width(32, heads=4)
+    image = Blocks(width, size=32, channels=[8, 16], strides=[2, 2, 2], kernels=[2, 2, 2], mask=4)
+    words = Words(width, pool="tanh", vocabulary=99, positions=24)
+    return mlim(**{"text": words, "image": image, "layers": 2, **changes})
+
+
+LARGE = Width(1024, heads=16)
+
+
+def decoder(image: Blocks, layers: int = 10) -> dict[str, Any]:
+    """The pixels head for this embedder: channels halve as often as the blocks' sides were halved, and 3x3
+    convolutions make up the number of layers. Raises UserError for blocks whose side is no power of two."""
+    doublings = round(math.log2(image.patch))
+    if 2**doublings != image.patch:
+        raise UserError(f"the decoder doubles cells to pixels, so a block's side must be a power of two; got "
+                        f"{image.patch}, the product of the strides {image.strides}.")  # fmt: skip
+    up = [image.width.size >> n for n in range(1, 1 + doublings)]
+    return {"kind": "pixels", "grid": image.side, "up": up,
+            "smooth": [max(8, up[-1] // 2)] * (layers - len(up) - 1)}  # fmt: skip
+
+
+# Both losses in one forward: a row hides most of its picture, most of its words, or a little of both
+PRETRAIN = [{"mam": {}, "recon": {}}]
+
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+class PairOfItems(nn.Module):
+    """Are two items, each a picture with its text, the same? [p; q; |p - q|; p * q] of their pooled vectors through one
+    hidden layer."""
+
+    def __init__(self, text: int, image: int, hidden: int = 0, dropout: float = 0.1):
+        super().__init__()
+        self.hidden, self.dropout = nn.Linear(4 * text, hidden or text), nn.Dropout(dropout)
+        self.out = nn.Linear(hidden or text, 1)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:  # (B, D), (B, D) -> (B,)
+        both = torch.cat([first, second, (first - second).abs(), first * second], -1)
+        return self.out(self.dropout(F.gelu(self.hidden(both)))).squeeze(-1)
+
+
+HEADS["mlim_items"] = PairOfItems
+ITEMS: dict[str, Any] = {"kind": "mlim_items"}  # mlim(heads={"items": ITEMS})
+
+
+def compare(model: VLModel, first: VLOutput, second: VLOutput) -> Tensor:
+    """Closely matching items: the outputs of two passes, one for each item -> logits (B,), above 0 = the same item. The
+    order of the two counts. Train with binary cross-entropy, and modality dropout in both passes."""
+    return model.heads["items"](first.pooled_text, second.pooled_text)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+KEYS: Keys = {  # of the BERT it starts from; there is no release of its own
+    "bert.embeddings.word_embeddings": "text.words",
+    "bert.embeddings.position_embeddings": "text.positions",
+    "bert.embeddings.token_type_embeddings": "text.types",
+    "bert.embeddings.LayerNorm": "text.norm",
+    "bert.embeddings.position_ids": None,
+    **bert_layer("bert.encoder.layer.{n}", "schedule.joint.{n}"),
+    "bert.pooler.dense": "poolers.text.dense",
+    "cls.predictions.transform.dense": "heads.mlm.dense",
+    "cls.predictions.transform.LayerNorm": "heads.mlm.norm",
+    "cls.predictions.decoder.weight": "text.words.weight",  # tied
+    "cls.predictions.decoder.bias": "heads.mlm.bias",
+    "cls.predictions.bias": "heads.mlm.bias",
+    "cls.seq_relationship": None,  # next sentence: not learnt here
+}
+FRESH = ("image.", "heads.pixels.", "heads.items.")  # no BERT has them
+
+
+def start(model: VLModel, tensors: Mapping[str, Tensor], prefix: str = "") -> Report:
+    """Fills words, layers, pooler and word head with a BERT's weights (bert-large-uncased), under transformers' names.
+    CNN, cells' positions and decoder keep their random ones. Raises UserError as `load_foreign` does."""
+    return load_foreign(model, tensors, KEYS, prefix, FRESH)
