@@ -17,7 +17,7 @@ import numpy as np
 LONGEST = 4  # n-grams
 SIGMA = 6.0  # of CIDEr-D's length penalty
 BETA = 1.2  # of ROUGE-L: recall counts more
-DROPPED = frozenset("'' ' `` ` -lrb- -rrb- -lcb- -rcb- . ? ! , : - -- ... ;".split())
+DROPPED = {"''", "'", "``", "`", "-lrb-", "-rrb-", "-lcb-", "-rcb-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 # Penn Treebank conventions, in the order in which they apply
 _RULES = [(re.compile(pattern), to) for pattern, to in (
