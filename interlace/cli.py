@@ -222,6 +222,27 @@ def draw_figure(args: argparse.Namespace) -> int:
     return 0
 
 
+def extract_regions(args: argparse.Namespace) -> int:
+    from interlace.regions.extract import Extractor, extract
+
+    extractor: Extractor
+    if args.detector:
+        if args.tower or args.fit:
+            raise UserError("--tower and --fit are for grid cells, --detector for a detector's boxes: give one.")
+        from interlace.regions.detector import DetectorExtractor
+
+        extractor = DetectorExtractor(args.detector, 36 if args.regions is None else args.regions, args.size)
+    else:
+        if args.regions is not None:
+            raise UserError("--regions is for a detector. A tower has as many cells as --size gives it: 224 pixels are "
+                            "49 of efficientnet-lite0, 192 are 36.")  # fmt: skip
+        from interlace.regions.grid import GridExtractor
+
+        extractor = GridExtractor(args.tower or "efficientnet-lite0", args.size, args.fit or "pad")
+    extract(open_table(args), extractor, args.out, batch=args.batch, split=args.split)
+    return 0
+
+
 def convert_release(args: argparse.Namespace) -> int:
     from interlace.convert import convert
 
@@ -341,6 +362,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="FILE.svg", help="write the figure as SVG, too")
     sub.add_argument("--words", type=int, default=16, help="length of the text whose multiply-adds are counted")
     sub.add_argument("--cells", type=int, default=0, help="length of the image stream (default: the model's own)")
+
+    sub = verb("extract", extract_regions, "features and boxes of a source's pictures, for models that read regions")
+    source(sub)
+    sub.add_argument("out", help="folder of the store; what it has already is not extracted again")
+    sub.add_argument("--tower", help="an image tower whose grid cells are the regions (default: efficientnet-lite0)")
+    sub.add_argument("--detector", metavar="FOLDER", help="or an object detector of transformers, its weights there")
+    sub.add_argument("--regions", type=int, help="boxes per picture, with --detector (default: 36)")
+    sub.add_argument("--size", type=int, help="side of the pictures in pixels (default: the tower's or detector's own)")
+    sub.add_argument("--fit", choices=["pad", "squash", "crop"], help="how a picture becomes square (default: pad)")
+    sub.add_argument("--batch", type=int, default=32)
+    sub.add_argument("--split", choices=["train", "val", "test"], help="only this one")
 
     sub = verb("convert", convert_release, "bring a published model's weights over: config.json and model.safetensors")
     sub.add_argument("source", help="a local .bin, .pth, .pt or .safetensors file, or a folder of transformers")
