@@ -73,7 +73,7 @@ class BlockEmbedding(nn.Module):
     word. There is no modality vector."""
 
     reads_words = True
-    hides_cells = True
+    hides = True
 
     def __init__(self, spec: Blocks):
         super().__init__()

@@ -24,7 +24,7 @@ class Pixels(nn.Module):
         super().__init__()
         self.grid, self.size = grid, grid * 2 ** len(up)  # cells in a row; pixels of a side
         doublings = [nn.ConvTranspose2d(a, b, 2, 2) for a, b in zip([image, *up], up)]
-        for layer in doublings:  # a pixel reads one cell of the layer before, through as many weights as it has channels
+        for layer in doublings:  # a pixel reads one cell of the layer before, one weight a channel
             nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_channels))  # He et al. 2015, as HeConv
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)

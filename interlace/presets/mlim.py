@@ -61,7 +61,8 @@ def tiny(**changes: Any) -> VLConfig:
     width = Width(32, heads=4)
     image = Blocks(width, size=32, channels=[8, 16], strides=[2, 2, 2], kernels=[2, 2, 2], mask=4)
     words = Words(width, pool="tanh", vocabulary=99, positions=24)
-    return mlim(**{"text": words, "image": image, "layers": 2, **changes})
+    heads = {"mlm": {"kind": "tied", "labels": 99}, "pixels": decoder(image, layers=5)}
+    return mlim(**{"text": words, "image": image, "layers": 2, "heads": heads, **changes})
 
 
 LARGE = Width(1024, heads=16)
@@ -80,7 +81,7 @@ def decoder(image: Blocks, layers: int = 10) -> dict[str, Any]:
 
 
 # Both losses in one forward: a row hides most of its picture, most of its words, or a little of both
-PRETRAIN = [{"mam": {}, "recon": {}}]
+PRETRAIN: list[dict[str, Any]] = [{"mam": {}, "recon": {}}]
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
@@ -99,14 +100,14 @@ class PairOfItems(nn.Module):
         return self.out(self.dropout(F.gelu(self.hidden(both)))).squeeze(-1)
 
 
-HEADS["mlim_items"] = PairOfItems
-ITEMS: dict[str, Any] = {"kind": "mlim_items"}  # mlim(heads={"items": ITEMS})
+HEADS["mlim_same"] = PairOfItems
+SAME: dict[str, Any] = {"kind": "mlim_same"}  # mlim(heads={"same": SAME})
 
 
 def compare(model: VLModel, first: VLOutput, second: VLOutput) -> Tensor:
     """Closely matching items: the outputs of two passes, one for each item -> logits (B,), above 0 = the same item. The
     order of the two counts. Train with binary cross-entropy, and modality dropout in both passes."""
-    return model.heads["items"](first.pooled_text, second.pooled_text)
+    return model.heads["same"](first.pooled_text, second.pooled_text)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -126,7 +127,7 @@ KEYS: Keys = {  # of the BERT it starts from; there is no release of its own
     "cls.predictions.bias": "heads.mlm.bias",
     "cls.seq_relationship": None,  # next sentence: not learnt here
 }
-FRESH = ("image.", "heads.pixels.", "heads.items.")  # no BERT has them
+FRESH = ("image.", "heads.pixels.", "heads.same.")  # no BERT has them
 
 
 def start(model: VLModel, tensors: Mapping[str, Tensor], prefix: str = "") -> Report:
