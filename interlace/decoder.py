@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from interlace.embed.base import Embedder, embedder_from_dict
 from interlace.embed.words import Words
 from interlace.errors import UserError
 from interlace.heads import Tied
 from interlace.layers import Attend, Kind, Read, Text, Width
 from interlace.schedule import Schedule, Segments
-from interlace.streams import Sight, Streams, Visibility
+from interlace.streams import Sight, Streams, Visibility, sight
 
 SHAREABLE = ("words", "attend_self", "attend_image", "ffn")
 
 
 @dataclass
 class Decoder:
-    """`segments`: layers of the kinds read and text. `context`: whose final states they read, "image" or "text" (a
-    question that has seen the image). `shares`: parts that are the model's own and have no weights here: "words", and
-    of each layer "attend_self", "attend_image", "ffn", which are those of the same layer of the segment `like`.
-    `start`, `end`: the ids a text begins and ends with."""
+    """`segments`: layers of the kinds read and text. `context`: whose final states they read, "image", "text" (a
+    question that has seen the image) or "both" (the start of a text and the image, SimVLM). `shares`: parts that are
+    the model's own and have no weights here: "words", and of each layer "attend_self", "attend_image", "ffn", which are
+    those of the same layer of the segment `like`. `start`, `end`: the ids a text begins and ends with. `words`: the
+    words it writes, where the model's text part is a tower; else those the model reads."""
 
     segments: Segments | list
     context: str = "image"
@@ -34,23 +37,37 @@ class Decoder:
     like: str = ""
     start: int = 30522
     end: int = 102
+    words: Words | dict | None = None
 
     def __post_init__(self) -> None:
         pairs = self.segments.items() if isinstance(self.segments, dict) else self.segments
         self.segments = {name: [k if isinstance(k, Kind) else Kind(k["name"], tuple(sorted(k["options"].items())))
                                 for k in kinds] for name, kinds in pairs}  # fmt: skip
         self.shares = tuple(self.shares)
-        if self.context not in ("image", "text"):
-            raise UserError(f"a decoder reads the states of the image or of the text; got context={self.context!r}.")
+        if isinstance(self.words, dict):
+            self.words = cast(Words, embedder_from_dict(self.words))
+        if self.context not in ("image", "text", "both"):
+            raise UserError("a decoder reads the states of the image or of the text, or both; got "
+                            f"context={self.context!r}.")  # fmt: skip
         if wrong := [part for part in self.shares if part not in SHAREABLE]:
             raise UserError(f"a decoder can share {', '.join(SHAREABLE)}; got {', '.join(wrong)}.")
+        if self.words is not None and "words" in self.shares:
+            raise UserError("a decoder has words of its own or shares the model's: leave out one of the two.")
         if set(self.shares) - {"words"} and not self.like:
             raise UserError("a decoder that shares layers says with which segment of the model: set `like`.")
 
     def to_dict(self) -> dict[str, Any]:
         pairs = self.segments.items()  # type: ignore[union-attr]
         plain = [[name, [{"name": k.name, "options": dict(k.options)} for k in kinds]] for name, kinds in pairs]
-        return {**vars(self), "segments": plain, "shares": list(self.shares)}
+        words = None if self.words is None else self.words.to_dict()  # type: ignore[union-attr]
+        return {**vars(self), "segments": plain, "shares": list(self.shares), "words": words}
+
+    def reads(self, text: Embedder) -> Words:
+        """The words it writes. Raises UserError when the model's text part has no table of words to lend."""
+        if self.words is None and not isinstance(text, Words):
+            raise UserError(f"the text part is a {text.name!r}, so the decoder needs words of its own: "
+                            "Decoder(..., words=Words(width, vocabulary=...)).")  # fmt: skip
+        return cast(Words, text if self.words is None else self.words)
 
 
 class Memory:
@@ -73,14 +90,44 @@ class Memory:
 
 
 class Recalling(Visibility):
-    """A visibility whose attentions remember. Both its blocks have masks."""
+    """A visibility in which whatever words read is remembered. Its blocks `tt` and `ti` have masks.
+
+    `whole` (B, Q, K), in steps after the first: who may be seen in layers where words and cells are one sequence, in
+    the order in which they came: the first step's words, the cells, later words.
+    """
 
     memory: Memory
+    whole: Tensor | None = None
 
     def sight(self, block: str) -> Sight | None:
-        seen = super().sight(block)
-        return None if seen is None else seen._replace(
-            memory=partial((Memory.written if block == "tt" else Memory.context), self.memory))  # fmt: skip
+        kept = {"tt": Memory.written, "ti": Memory.context}.get(block)  # what cells read is read once
+        return self._kept(super().sight(block), kept)
+
+    def joint(self, words: int, cells: int) -> Sight | None:
+        seen = super().joint(words, cells) if self.whole is None else sight(self.whole)
+        return self._kept(seen, Memory.written)
+
+    def _kept(self, seen: Sight | None, kept: Callable | None) -> Sight | None:
+        return seen if seen is None or kept is None else seen._replace(memory=partial(kept, self.memory))
+
+
+class Beside(nn.Module):
+    """Both streams as one sequence, words first. Cells of another width than the words' are brought to it."""
+
+    def __init__(self, text: Width, image: Width):
+        super().__init__()
+        same = text.size == image.size
+        self.project: nn.Module = nn.Identity() if same else nn.Linear(image.size, text.size)
+
+    def forward(self, text: Tensor | None, text_mask: Tensor | None, image: Tensor | None,
+                image_mask: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """States (B, T, D), (B, I, C), masks (B, T), (B, I), None = all real -> (B, T+I, D), (B, T+I) bool. One of the
+        streams may be absent."""
+        parts = [(text, text_mask)] if text is not None else []
+        parts += [(self.project(image), image_mask)] if image is not None else []
+        masks = [torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if m is None else m.bool()
+                 for x, m in parts]  # fmt: skip
+        return torch.cat([x for x, _ in parts], 1), torch.cat(masks, 1)
 
 
 class TextDecoder(PreTrainedModel, GenerationMixin):
@@ -93,12 +140,16 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    def __init__(self, spec: Decoder, words: Words, context: Width, lender: nn.Module | None = None):
-        """`lender`: the model whose parts are shared."""
+    def __init__(self, spec: Decoder, words: Words, context: Width, lender: nn.Module | None = None,
+                 image: Width | None = None):  # fmt: skip
+        """`context`: the width of what is read, of the words' stream where both are; `image`: then the other one's.
+        `lender`: the model whose parts are shared."""
         ids = {"bos_token_id": spec.start, "eos_token_id": spec.end, "pad_token_id": words.pad}
         config = PreTrainedConfig.from_dict({**ids, "is_decoder": True, "vocab_size": words.vocabulary})
         super().__init__(config)
         self.schedule = Schedule(dict(spec.segments), words.width, context)
+        if spec.context == "both":
+            self.beside = Beside(context, image or context)
         for layer in self.schedule.layers():
             if not isinstance(layer, Read | Text):
                 raise UserError(f"a decoder is made of read and text layers, got {layer.kind!r}.")
@@ -134,8 +185,10 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        first: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
-        """`context_mask` (B, K), 1 = may be read. With `past_key_values`, `input_ids` are the words that are new."""
+        """`context_mask` (B, K), 1 = may be read. With `past_key_values`, `input_ids` are the words that are new.
+        `first` (B,): the position of each text's first word, where it goes on from a prefix; None: 0."""
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
         length, device = input_ids.shape[1], input_ids.device
         past = torch.ones(1, length, before + length, dtype=torch.bool, device=device).tril(before)
@@ -145,7 +198,7 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             see = Recalling(see.tt, see.ti)
             see.memory = Memory(past_key_values, self.places())
-        words = self.words(input_ids, start=before)  # (B, T, D)
+        words = self.words(input_ids, start=before if first is None else before + first.unsqueeze(1))  # (B, T, D)
         text = self.schedule(Streams(words, context), see).text
         table: Tensor = self.words.words.weight  # type: ignore[union-attr,assignment]
         logits = self.head(text, table)  # (B, T, V)

@@ -14,7 +14,6 @@ from interlace.config import VLConfig
 from interlace.decoder import TextDecoder
 from interlace.embed.base import Pooler, pool
 from interlace.embed.regions import Regions
-from interlace.embed.words import Words
 from interlace.errors import UserError
 from interlace.heads import Contrast, build_head
 from interlace.schedule import Schedule
@@ -88,8 +87,9 @@ class VLModel(PreTrainedModel):
         self.heads = nn.ModuleDict({name: build_head(name, o, *widths) for name, o in config.heads.items()})
         self.decoder = None
         if config.writes is not None:
-            words = cast(Words, config.text)  # what it writes are the words it reads
-            self.decoder = TextDecoder(config.writes, words, specs[config.writes.context].width, self)
+            context = "text" if config.writes.context == "both" else config.writes.context
+            self.decoder = TextDecoder(config.writes, config.writes.reads(config.text), specs[context].width, self,
+                                       config.image.width)  # fmt: skip
         spec = config.image
         if hasattr(spec, "mean") and hasattr(spec, "std"):
             self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(3, 1, 1))
@@ -161,10 +161,12 @@ class VLModel(PreTrainedModel):
     def see(self, text_mask: Tensor | None, image_mask: Tensor | None) -> Visibility:
         return everyone(text_mask, image_mask)
 
-    def half_text(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None) -> Half:
-        """Words (B, T) -> the text stream just before fusion."""
+    def half_text(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None,
+                  see: Visibility | None = None) -> Half:  # fmt: skip
+        """Words (B, T) -> the text stream just before fusion. `see`: which words may look at which, if not all at all;
+        then `fuse` is given the same."""
         states, mask = _with_mask(self.text(input_ids, mask, type_ids), mask)
-        streams = self.schedule.run(Streams(states, None), everyone(mask, None), stop=self._alone)
+        streams = self.schedule.run(Streams(states, None), see or everyone(mask, None), stop=self._alone)
         return Half(streams.text, mask)  # type: ignore[arg-type]
 
     def half_image(self, pixel_values: Tensor | Regions, mask: Tensor | None = None) -> Half:

@@ -66,13 +66,14 @@ class Visibility:
             if given is None:
                 self._ready[key] = None
             elif (
-                self.tt is not None
-                and self.ii is not None
-                and self.tt is self.it
+                self.tt is self.it
                 and self.ii is self.ti
-                and self.tt.shape[1] == self.ii.shape[1] == 1
+                and all(block is None or block.shape[1] == 1 for block in (self.tt, self.ii))
             ):  # padding alone: the same keys for every query, so the mask stays one row
-                self._ready[key] = sight(torch.cat([self.tt, self.ii], -1))
+                shown = [torch.ones(len(given), 1, count, dtype=torch.bool, device=given.device)
+                         if block is None else block
+                         for block, count in ((self.tt, words), (self.ii, cells))]  # fmt: skip
+                self._ready[key] = sight(torch.cat(shown, -1))
             else:
                 batch = max(b.shape[0] for b in blocks if b is not None)
                 size = {"tt": (words, words), "ti": (words, cells), "it": (cells, words), "ii": (cells, cells)}
@@ -107,12 +108,20 @@ def causal(text_mask: Tensor | None, image_mask: Tensor | None, length: int, dev
     return prefix(text_mask, image_mask, torch.zeros(1, length, dtype=torch.bool, device=device))
 
 
+def first_words(count: Tensor, length: int) -> Tensor:
+    """How many words of each row are given, (B,) -> which, (B, `length`) bool."""
+    return torch.arange(length, device=count.device) < count.unsqueeze(1)
+
+
 def prefix(text_mask: Tensor | None, image_mask: Tensor | None, given: Tensor) -> Visibility:
-    """PrefixLM: words of the prefix (`given` (B or 1, T) True) are seen by all words, the others only by later ones.
-    The image sees only itself. Wang et al. 2021 (SimVLM, arXiv:2108.10904)."""
+    """PrefixLM: words of the prefix (`given` (B or 1, T) True) are seen by all words and see only each other; the rest
+    are seen by themselves and by later ones. The image sees only itself. Wang et al. 2021 (SimVLM, arXiv:2108.10904).
+
+    Each row has its own prefix, which may stand anywhere in it: a given word after a written one still does not see it.
+    """
     length = given.shape[1]
     past = torch.ones(length, length, dtype=torch.bool, device=given.device).tril().unsqueeze(0)
-    words = past | given.unsqueeze(1)  # (B or 1, T, T)
+    words = given.unsqueeze(1) | (past & ~given.unsqueeze(2))  # (B or 1, T, T)
     if text_mask is not None:
         words = words & text_mask.bool().unsqueeze(1)
     nothing = torch.zeros(1, 1, length, dtype=torch.bool, device=given.device)

@@ -33,18 +33,25 @@ def insert(rows: Tensor, value: Tensor | int) -> Tensor:
 
 
 class TaskWordEmbedding(WordEmbedding):
+    """Of the ids it is given only words have positions, see `counted`."""
+
     def __init__(self, spec: TaskWords):
         super().__init__(spec)
         self.tasks = nn.Embedding(spec.tasks, spec.width.size)
 
+    def counted(self, input_ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T) bool: which take a position."""
+        return input_ids < self.words.num_embeddings
+
     def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None,
-                start: int = 0) -> Tensor:  # fmt: skip
+                start: int | Tensor = 0) -> Tensor:  # fmt: skip
         """ids (B, T), tasks among them -> (B, T, D). A task has neither position nor type, and words are counted as if
         it were not there, `start` of them before these. Raises UserError when the text is longer than the positions."""
         vocabulary, limit = self.words.num_embeddings, self.positions.num_embeddings - self.first
         task = input_ids >= vocabulary  # (B, T)
-        at = start + (~task).long().cumsum(1).sub(1).clamp(min=0)  # (B, T)
-        if start + input_ids.shape[1] > limit and (words := int(at.max()) + 1) > limit:
+        at = (start + (~task).long().cumsum(1).sub(1).clamp(min=0)).clamp(min=0)  # (B, T)
+        long = isinstance(start, int) and start + input_ids.shape[1] > limit
+        if long and (words := int(at.max()) + 1) > limit:
             raise UserError(f"a text of {words} tokens, but the model has {limit} positions: lower the maximum length "
                             "or truncate.")  # fmt: skip
         x = self.words(input_ids.masked_fill(task, 0)) + self.positions(self.first + at)  # (B, T, D)

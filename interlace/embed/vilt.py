@@ -32,7 +32,7 @@ class ViLTWordEmbedding(WordEmbedding):
         self.modality = nn.Parameter(torch.zeros(1, spec.width.size))
 
     def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None,
-                start: int = 0) -> Tensor:  # fmt: skip
+                start: int | Tensor = 0) -> Tensor:  # fmt: skip
         """ids (B, T) -> (B, T, D)."""
         return super().forward(input_ids, mask, type_ids, start) + self.modality
 

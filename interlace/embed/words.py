@@ -39,15 +39,16 @@ class WordEmbedding(nn.Module):
         self.first = spec.first_position
 
     def forward(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None,
-                start: int = 0) -> Tensor:  # fmt: skip
-        """ids (B, T) -> (B, T, D). `start`: words that came before these. Raises UserError when the text is longer than
-        the positions."""
-        length = start + input_ids.shape[1]
+                start: int | Tensor = 0) -> Tensor:  # fmt: skip
+        """ids (B, T) -> (B, T, D). `start`: words that came before these; (B, 1) where each row has its own number,
+        negative for padding on the left. Raises UserError when the text is longer than the positions."""
+        length = input_ids.shape[1] + (start if isinstance(start, int) else 0)
         if length + self.first > self.positions.num_embeddings:
             limit = self.positions.num_embeddings - self.first
             raise UserError(f"a text of {length} tokens, but the model has {limit} positions: "
                             "lower the maximum length or truncate.")  # fmt: skip
-        at = torch.arange(self.first + start, self.first + length, device=input_ids.device)
+        at = torch.arange(input_ids.shape[1], device=input_ids.device) + start  # (T,) or (B, T)
+        at = self.first + (at if isinstance(start, int) else at.clamp(min=0))
         x = self.words(input_ids) + self.positions(at)  # (B, T, D)
         if self.types is not None:
             x = x + (self.types.weight[0] if type_ids is None else self.types(type_ids))
