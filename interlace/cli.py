@@ -115,6 +115,16 @@ def data_check(args: argparse.Namespace) -> int:
     return report.exit_status
 
 
+def data_scenes(args: argparse.Namespace) -> int:
+    from interlace.data.scenes import make_scenes, parse_per_split
+
+    cells = [int(n) if n.isdigit() else 0 for n in args.cells.split(",")]
+    made = make_scenes(open_table(args), args.out, cells, args.size, parse_per_split(args.per_split), args.seed,
+                       args.names, args.least)  # fmt: skip
+    print("\n".join([*made.lines(), str(made.folder)]))
+    return 0
+
+
 def train_run(args: argparse.Namespace) -> int:
     from interlace.settings import load_settings
 
@@ -285,7 +295,7 @@ def build_parser() -> argparse.ArgumentParser:
                          help="where relative picture paths start from, if not beside the table")  # fmt: skip
 
     data = verbs.add_parser("data", help="get, show and check pictures and texts")
-    parts = data.add_subparsers(dest="part", required=True, metavar="get|show|check")
+    parts = data.add_subparsers(dest="part", required=True, metavar="get|show|check|scenes")
     sub = verb("get", data_get, "bring sample sets to this machine", parts)
     sub.add_argument("names", nargs="+", metavar="NAME", help="furniture, food, interiors")
     sub.add_argument("--packages", metavar="FOLDER",
@@ -300,6 +310,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-length", type=int, default=40, help="tokens a caption may have before it is cut")
     sub.add_argument("--text", default="minilm", help="text tower whose tokenizer counts")
     sub.add_argument("--write-groups", metavar="FILE", help="write the rows with the groups their pictures suggest")
+
+    sub = verb("scenes", data_scenes, "compose scenes that teach what stands where: twins with two pictures exchanged, "
+               "captions true and swapped, questions", parts)  # fmt: skip
+    source(sub)
+    sub.add_argument("out", help="the folder to write; train, check and open it like any source")
+    sub.add_argument("--cells", default="2", help="pictures in a scene, 2 to 4; several in turn: 2,3,4")
+    sub.add_argument("--size", type=int, default=256, help="side of a scene in pixels")
+    sub.add_argument("--per-split", default="4", metavar="N",
+                     help="scenes for each picture of a split, or numbers: train=2000,val=200,test=400")  # fmt: skip
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--names", default="name", metavar="COLUMN",
+                     help="column with the things' names (default: the noun of the source's name column)")  # fmt: skip
+    sub.add_argument("--least", type=int, default=2,
+                     help="a held-out picture is used if this many training pictures have its name")  # fmt: skip
 
     sub = verb("train", train_run, "train, or resume, a run")
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped recipe (demo)")
