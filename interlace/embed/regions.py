@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,44 +24,6 @@ class Regions(NamedTuple):
     words: Tensor | None = None  # (B, I, A), positions of the words that name a region, -1 = none
 
 
-CLOSE = 1e-3  # a box may leave the picture by so much: half precision rounds by half of it
-
-
-def check_regions(features: Any, boxes: Any = None) -> None:
-    """One picture's features (I, F) and corners (I, 4), in parts of the picture, as arrays or tensors: what reads or
-    writes them calls this once, for a model that looked at values would wait for its device in every step.
-
-    Raises UserError for no regions at all, other shapes, numbers that are not finite, and boxes that leave the picture
-    or end before they begin; it names the first such region and says how many there are.
-    """
-    features = np.asarray(features)
-    if features.ndim != 2 or not features.size:
-        raise UserError(f"expected features of at least one region, (regions, numbers), got {features.shape}: leave "
-                        "the picture out, or give the whole picture as its one region.")  # fmt: skip
-    _none_of(~np.isfinite(features).all(1), "features that are not finite numbers", features, "extract them again")
-    if boxes is None:
-        return
-    boxes = np.asarray(boxes)
-    if boxes.shape != (len(features), 4):
-        raise UserError(f"expected a box of four numbers for each of {len(features)} regions, got {boxes.shape}.")
-    _none_of(~np.isfinite(boxes).all(1), "a box that is not finite", boxes, "detect them again")
-    fix = "boxes are x1, y1, x2, y2 in parts of the picture, 0 to 1"
-    if boxes.max() > 2:
-        fix += ": divide pixels by the picture's width and height"
-    _none_of((boxes < -CLOSE).any(1) | (boxes > 1 + CLOSE).any(1), "a box outside the picture", boxes, fix)
-    fix = "boxes are the corners x1, y1, x2, y2: if these are x, y, width, height, add the sides to the first corner"
-    _none_of((boxes[:, 2:] < boxes[:, :2]).any(1), "a box that ends before it begins", boxes, fix)
-
-
-def _none_of(wrong: np.ndarray, what: str, rows: np.ndarray, fix: str) -> None:
-    if wrong.any():
-        n = int(wrong.argmax())
-        shown = ", ".join(f"{x:.4g}" for x in rows[n][:4]) + (", ..." if rows.shape[1] > 4 else "")
-        raise UserError(f"region {n} of {len(rows)} has {what} ({shown})"
-                        + (f", and so have {int(wrong.sum()) - 1} more" if wrong.sum() > 1 else "")
-                        + f": {fix}.")  # fmt: skip
-
-
 @dataclass
 class RegionEmbedder(Embedder):
     """`features`: numbers per region. `boxes`: numbers per box."""
@@ -79,7 +40,8 @@ class RegionEmbedder(Embedder):
 
     def check(self, regions: Regions) -> None:
         """Raises UserError for pixels, for no regions, and when features or boxes have other sizes than the model or
-        than each other. Shapes alone: values are `check_regions`' concern."""
+        than each other. Shapes alone: a look at values would wait for the device in every step, and is taken
+        where files are read (`interlace.regions.check_regions`)."""
         if not isinstance(regions, Regions):
             raise UserError(f"the model reads regions of a detector, Regions(features, boxes), got a "
                             f"{type(regions).__name__}: extract the pictures' regions first.")  # fmt: skip
