@@ -159,6 +159,17 @@ def evaluate_run(args: argparse.Namespace) -> int:
     return 0
 
 
+def binding_run(args: argparse.Namespace) -> int:
+    from interlace.run import Run, write_json
+    from interlace.tasks.binding import binding, print_binding
+
+    result = binding(Run.load(args.run), open_table(args, args.run), args.split, args.limit)
+    print_binding(result)
+    if args.out:
+        write_json(Path(args.out), result)
+    return 0
+
+
 def compare_runs(args: argparse.Namespace) -> int:
     from interlace.compare import compare
 
@@ -334,6 +345,13 @@ def build_parser() -> argparse.ArgumentParser:
     source(sub)
     sub.add_argument("--split", default="test", choices=["train", "val", "test"])
     sub.add_argument("--limit", type=int, default=10_000, help="rows at the most, sampled with a fixed seed")
+    sub.add_argument("--out", help="write the numbers as JSON")
+
+    sub = verb("binding", binding_run, "does a run know what stands where: scenes, their captions true and swapped")
+    sub.add_argument("run")
+    source(sub)
+    sub.add_argument("--split", default="test", choices=["train", "val", "test"])
+    sub.add_argument("--limit", type=int, default=10_000, help="scenes at the most, sampled with a fixed seed")
     sub.add_argument("--out", help="write the numbers as JSON")
 
     sub = verb("compare", compare_runs, "late, mid and early fusion at the same budget, one table")
