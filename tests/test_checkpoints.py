@@ -21,7 +21,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, Tra
 
 from interlace.checkpoints import (
     MARK,
-    Progress,
     SafeTrainer,
     checkpoints_in,
     disk_refused,
@@ -31,6 +30,7 @@ from interlace.checkpoints import (
     rotate,
 )
 from interlace.errors import UserError
+from interlace.progress import Progress
 
 STEPS, EVERY = 40, 10  # 18 steps an epoch: checkpoints lie inside epochs, at 18 and 36 the data starts anew
 
