@@ -21,7 +21,7 @@ from interlace.config import VLConfig
 from interlace.errors import UserError
 from interlace.layers import Kind
 from interlace.model import VLModel
-from interlace.presets import Preset, preset, vilbert
+from interlace.presets import Preset, preset, vilbert, vision_encoder_decoder
 from interlace.weights import OURS_ALONE, Keys, Report, _line, load_foreign, read_release
 
 if TYPE_CHECKING:
@@ -298,6 +298,10 @@ def load(source: str | Path, name: str) -> Converted:
     """The model of a preset with a release's weights. Raises UserError for an unknown preset, a source that cannot be
     read, sizes that nothing tells, and every name and shape that does not fit, together."""
     line, make = preset(name)
+    if line.module is vision_encoder_decoder:
+        raise UserError("a vision encoder-decoder is transformers' own model and keeps its names, so there is nothing "
+                        "to convert: interlace.presets.vision_encoder_decoder.CaptionModel.from_pretrained reads its "
+                        "folder.")  # fmt: skip
     plain = name.strip().lower().replace("-", "_")
     tensors, given = read(Path(source).expanduser())
     table, keys, prefix = best_table(plain, line, tensors)
@@ -312,7 +316,8 @@ def load(source: str | Path, name: str) -> Converted:
                 load_foreign(VLModel(make()), tensors, keys, prefix)
         further = HEADS.get(first, {})
         config = sized(make(), shapes, given, further, "HF_" in table)
-        if line.system == "ViLT" and "mlm" in config.heads and "heads.mlm.out.weight" not in shapes:  # transformers ties it
+        if line.system == "ViLT" and "mlm" in config.heads and "heads.mlm.out.weight" not in shapes:
+            # transformers ties it
             words = tensors[f"{prefix}vilt.embeddings.text_embeddings.word_embeddings.weight"]
             tensors[f"{prefix}mlm_score.decoder.weight"] = words
             config.heads["mlm"]["labels"] = len(words)

@@ -1,39 +1,37 @@
 """A model's figure: which stream reads which in every layer, where they meet, and what each part costs.
 
 Nothing is declared here: every kind of layer is asked by running it, so a kind of your own is drawn as it is. Who reads
-is found from gradients (does the last word's new state depend on the first word's, on a cell's?), multiply-adds by
-running the layer on the meta device, where tensors have shapes and no numbers.
+is found from gradients (does the last word's new state depend on the first word's, on a cell's?), floating-point
+operations by running the layer on the meta device, where tensors have shapes and no numbers.
 
-Multiply-adds of one text of T words with one picture of I cells:
+FLOPs of one text of T words with one picture of I cells; a multiply-add is two:
 
-    a linear from C to D over L states         L * C * D
-    attention of Q states over K, E wide       2 * Q * K * E       scores, then the weighted sum
-    a patch of p * p pixels to D               3 * p * p * D
+    a linear from C to D over L states         2 * L * C * D
+    attention of Q states over K, E wide       4 * Q * K * E       scores, then the weighted sum
+    a patch of p * p pixels to D               6 * p * p * D
 
-so that a block of BERT costs 12 L D^2 + 2 L^2 D, as in Kaplan et al. 2020 (arXiv:2001.08361), section 2.1, whose FLOPs
-are twice as many. Norms, biases and activations are left out, and so are heads and poolers, since the task says how
-many states they read.
+so that a block of BERT costs 24 L D^2 + 4 L^2 D, as in Kaplan et al. 2020 (arXiv:2001.08361), section 2.1. Norms,
+biases and activations are left out, and so are heads and poolers, since the task says how many states they read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from interlace.config import VLConfig
-from interlace.embed.conv import BlockEmbedding, Blocks
 from interlace.embed.patches import Patches
-from interlace.embed.stem import ImageStem, ImageTower, TextTower
+from interlace.embed.regions import RegionEmbedder, Regions
+from interlace.embed.stem import ImageTower, TextTower
 from interlace.embed.vl_bert import VLBERTRegions
 from interlace.errors import UserError
-from interlace.layers import FeedForward, Kind, Layer, Width, build_layer
+from interlace.layers import IMAGE, READ, FeedForward, Kind, Layer, Width, build_layer
 from interlace.model import VLModel
 from interlace.schedule import Schedule
 from interlace.streams import Streams, everyone
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
 
 STREAMS = ("text", "image")
 WORDS, REGIONS = 16, 36  # a caption's length, and the boxes that LXMERT's features have
+READ_BY_DECODER = {"image": "image", "text": "question", "both": "both"}
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,9 @@ class Step:
         """What happens to a stream, line by line; nothing when it passes."""
         if stream not in self.reads:
             return []
-        own = Layer.kinds[self.kind.name].__module__ != "interlace.layers" or not self.reads[stream]
-        lines = [self.kind.name.replace("_", " ")] if own else []
+        home = Layer.kinds[self.kind.name].__module__
+        name = self.kind.name.removeprefix(home.rpartition(".")[2] + "_").replace("_", " ")  # vl_bert.py's vl_bert_meet
+        lines = [name] if home != "interlace.layers" or not self.reads[stream] else []
         if self.joint:
             lines.append("joint attention")
         else:
@@ -86,7 +86,7 @@ class Group:
     times: int
     first: int
     parameters: int
-    adds: int
+    flops: int
 
     @property
     def title(self) -> str:
@@ -94,7 +94,7 @@ class Group:
 
     @property
     def price(self) -> str:
-        return f"{millions(self.parameters)}, {billions(self.adds)}" if self.adds else millions(self.parameters)
+        return priced(self.parameters, self.flops)
 
     @property
     def lanes(self) -> tuple[str, ...]:
@@ -104,12 +104,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Part:
-    """An embedder. `adds`: None where it cannot be told."""
+    """An embedder. `flops`: None where they cannot be told."""
 
     name: str
     width: int
     parameters: int
-    adds: int | None
+    flops: int | None
+
+    @property
+    def title(self) -> str:
+        """Without the preset's name: the figure has it already."""
+        last = self.name.rpartition("_")[2]
+        return last if last in ("words", "patches", "regions") else self.name.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,8 @@ class Figure:
     parameters: int
 
     @property
-    def adds(self) -> int:
-        parts = [self.text.adds, self.image.adds, *(g.adds for g in self.groups + self.writes)]
+    def flops(self) -> int:
+        parts = [self.text.flops, self.image.flops, *(g.flops for g in self.groups + self.writes)]
         return sum(n for n in parts if n is not None)
 
     @property
@@ -140,8 +146,8 @@ class Figure:
 
     @property
     def costs(self) -> str:
-        unknown = " without the towers" if None in (self.text.adds, self.image.adds) else ""
-        return (f"{millions(self.parameters)} parameters, {billions(self.adds)} multiply-adds{unknown} "
+        unknown = " without the towers" if None in (self.text.flops, self.image.flops) else ""
+        return (f"{millions(self.parameters)} parameters, {billions(self.flops)}FLOPs{unknown} "
                 f"for {self.words} words and {self.cells} cells")  # fmt: skip
 
 
@@ -153,6 +159,10 @@ def billions(n: int | None) -> str:
     if n is None:
         return "?"
     return "0" if n == 0 else f"{n / 1e9:.2f} G" if n >= 5e6 else f"{n / 1e6:.2f} M"
+
+
+def priced(parameters: int, flops: int | None) -> str:
+    return f"{millions(parameters)}, {billions(flops)}FLOPs" if flops else millions(parameters)
 
 
 # -------------------------------------------------------------------------------------------------- asking the layers
@@ -208,22 +218,23 @@ def count(module: nn.Module) -> int:
 
 
 def costs(layer: Layer, text: int, image: int, words: int, cells: int) -> int:
-    """Multiply-adds of one layer on the meta device, for widths `text` and `image`."""
+    """FLOPs of one layer on the meta device, for widths `text` and `image`."""
     states = [torch.empty(1, n, size, device="meta") for n, size in ((words, text), (cells, image))]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         layer(Streams(*states), everyone(None, None))
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops()
 
 
-def groups(schedule: Schedule, segments: dict[str, list[Kind]], text: int, image: int, words: int,
-           cells: int) -> list[Group]:  # fmt: skip
+def groups(schedule: Schedule, segments: dict[str, list[Kind]], text: int, image: int, words: int, cells: int,
+           first: int = 0) -> list[Group]:  # fmt: skip
+    """`first`: layers that ran before."""
     out, at, layers = [], 0, schedule.layers()
     for name, kinds in segments.items():
         for pattern, times in fold(kinds):
             these = layers[at : at + len(pattern) * times]
-            adds = times * sum(costs(layer, text, image, words, cells) for layer in these[: len(pattern)])
+            flops = times * sum(costs(layer, text, image, words, cells) for layer in these[: len(pattern)])
             steps = [ask(kind) for kind in pattern]
-            out.append(Group(name, steps, times, at, sum(map(count, these)), adds))
+            out.append(Group(name, steps, times, first + at, sum(map(count, these)), flops))
             at += len(these)
     return out
 
@@ -231,61 +242,118 @@ def groups(schedule: Schedule, segments: dict[str, list[Kind]], text: int, image
 def cells_of(config: VLConfig) -> int:
     """States of the image stream: of a picture of the configured size, or of 36 regions."""
     spec = config.image
-    if isinstance(spec, ImageStem | Blocks):
-        return spec.cells
     if isinstance(spec, Patches):
         return (spec.size // spec.patch) ** 2 + 1
-    return REGIONS + isinstance(spec, VLBERTRegions)
+    return getattr(spec, "cells", 0) or REGIONS + isinstance(spec, VLBERTRegions)
 
 
 def embedders(model: VLModel, words: int, cells: int) -> tuple[Part, Part]:
     text, image = model.config.text, model.config.image
-    extra = isinstance(image, Patches | VLBERTRegions)  # a first cell that is no patch and no region
-    linears = [m for m in model.image.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     read: int | None = 0
-    seen: int | None = sum(m.weight.numel() for m in linears) * (cells - extra)
     if isinstance(model.text, TextTower):
-        read = _tower(model.text, torch.zeros(1, words, dtype=torch.long, device="meta"))
-    if isinstance(model.image, ImageTower):
-        seen = _tower(model.image, torch.empty(1, 3, image.size, image.size, device="meta"))  # type: ignore[attr-defined]
-    if isinstance(model.image, BlockEmbedding):  # its first layers run on more cells than it gives
-        seen = _tower(model.image.contents, torch.empty(1, 3, image.size, image.size, device="meta"))  # type: ignore[attr-defined]
+        read = _measured(model.text, torch.zeros(1, words, dtype=torch.long, device="meta"))
     return (Part(text.name, text.width.size, count(model.text), read),
-            Part(image.name, image.width.size, count(model.image), seen))  # fmt: skip
+            Part(image.name, image.width.size, count(model.image), seen(model, cells)))  # fmt: skip
 
 
-def _tower(tower: Callable[[torch.Tensor], object], given: torch.Tensor) -> int | None:
+def seen(model: VLModel, cells: int) -> int | None:
+    """FLOPs of the image's embedder; None where its path depends on the numbers themselves."""
+    spec: Any = model.config.image
+    more = {"words": model.text} if getattr(model.image, "reads_words", False) else {}
+    extra = isinstance(spec, Patches | VLBERTRegions)  # a first cell that is no patch and no region
+    if isinstance(spec, RegionEmbedder) and not hasattr(spec, "size"):
+        size = 1, cells - isinstance(spec, VLBERTRegions)
+        features = torch.empty(*size, spec.features, device="meta")
+        boxes = torch.empty(*size, spec.boxes, device="meta") if spec.boxes else None
+        return _measured(model.image, Regions(features, boxes), **more)
+    found = _measured(model.image, torch.empty(1, 3, spec.size, spec.size, device="meta"), **more)
+    if found is None and isinstance(spec, Patches):  # ViLT looks how far each picture goes
+        project: Any = model.image.project
+        return 2 * project.weight.numel() * (cells - extra)
+    if found is None or isinstance(model.image, ImageTower):
+        return found
+    return found * (cells - extra) // (cells_of(model.config) - extra)  # type: ignore[arg-type]
+
+
+def _measured(part: nn.Module, *given: Any, **more: Any) -> int | None:
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            tower(given)
-        return counter.get_total_flops() // 2
-    except (RuntimeError, NotImplementedError):  # a tower whose path depends on the numbers themselves
+            part(*given, **more)
+        return counter.get_total_flops()
+    except (RuntimeError, NotImplementedError):  # meta tensors have no numbers to look at
         return None
 
 
-def figure(config: VLConfig, title: str, words: int = WORDS, cells: int = 0) -> Figure:
-    """Everything the figure shows. `cells` 0: as the configuration has them."""
+def figure(config: Any, title: str, words: int = WORDS, cells: int = 0) -> Figure:
+    """Everything the figure shows, of a VLConfig or a VisionEncoderDecoderConfig. `cells` 0: as the configuration has
+    them."""
+    if not isinstance(config, VLConfig):
+        return captioner_figure(config, title, words)
     cells = cells or cells_of(config)
     with torch.device("meta"):
         model = VLModel(config)
     sizes = {"text": config.text.width.size, "image": config.image.width.size}
     body = groups(model.schedule, config.segments, sizes["text"], sizes["image"], words, cells)
+    depth, layers = model.fusion_depth, len(model.schedule.layers())
     ends = {name: count(head) for name, head in model.heads.items()}
     if len(model.poolers):
         ends["poolers"] = count(model.poolers)
     writes, context = [], ""
     if model.decoder is not None and config.writes is not None:
         context, schedule = config.writes.context, model.decoder.schedule
-        length = cells if context == "image" else words
-        writes = groups(schedule, dict(config.writes.segments), sizes["text"], sizes[context], words, length)
-        ends["decoder's words and head"] = count(model.decoder) - count(schedule)
-    return Figure(title, words, cells, *embedders(model, words, cells), body, writes, context, ends,
-                  model.fusion_depth, len(model.schedule.layers()), count(model))  # fmt: skip
+        length = {"image": cells, "text": words, "both": words + cells}[context]
+        wide = sizes["image" if context == "image" else "text"]
+        writes = groups(schedule, dict(config.writes.segments), sizes["text"], wide, words, length, layers)
+        rest = count(model.decoder) - count(schedule)
+        if context == "image" and not any("text" in step.reads for group in body for step in group.steps):
+            # no text but the one that is written: it is the text stream
+            body, writes, layers = body + writes, [], layers + len(schedule.layers())
+            ends["next word"] = rest
+        else:
+            ends["decoder's words and head"] = rest
+    return Figure(title, words, cells, *embedders(model, words, cells), body, writes, context, ends, depth, layers,
+                  count(model))  # fmt: skip
 
 
-def find(what: str) -> tuple[VLConfig, str]:
-    """The configuration of a preset's name, of a folder with a config.json, or of a training recipe. A recipe is drawn
-    without heads, which its data decide. Raises UserError when it is none of them."""
+def captioner_figure(config: Any, title: str, words: int = WORDS) -> Figure:
+    """Of a VisionEncoderDecoderConfig of transformers. Its layers are not ours to ask: the encoders it has attend to
+    themselves, and CaptionModel refuses a decoder that does not read them."""
+    from interlace.presets.vision_encoder_decoder import CaptionModel
+
+    with torch.device("meta"):
+        model: Any = CaptionModel(config).eval()
+    image, text = config.encoder, config.decoder
+    # or it would look for padding, and without a cache for packed texts, among words that have no numbers
+    model.decoder.config.pad_token_id = None
+    pixels = torch.empty(1, 3, image.image_size, image.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ids = torch.zeros(1, words, dtype=torch.long, device="meta")
+        states = model(pixels, decoder_input_ids=ids, use_cache=True).encoder_last_hidden_state
+    spent = counter.get_flop_counts()
+
+    def flops(module: nn.Module) -> int:
+        return sum(spent[f"CaptionModel.{names[module]}"].values())
+
+    names = {module: name for name, module in model.named_modules()}
+    stacks = [next(m for m in side.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
+              for side, layers in ((model.encoder, image.num_hidden_layers), (model.decoder, text.num_hidden_layers))]
+    made, at = [], 0
+    for name, kind, stack in (("image", IMAGE, stacks[0]), ("write", READ, stacks[1])):
+        made.append(Group(name, [ask(kind)], len(stack), at, count(stack), sum(map(flops, stack))))
+        at += len(stack)
+    tables = {m: None for n, m in model.decoder.named_modules() if isinstance(m, nn.Embedding)}
+    parts = (Part("words", text.hidden_size, sum(map(count, tables)), 0),
+             Part("patches", image.hidden_size, count(model.encoder.embeddings), flops(model.encoder.embeddings)))
+    whole = count(model)
+    rest = whole - sum(part.parameters for part in parts) - sum(group.parameters for group in made)
+    return Figure(title, words, states.shape[1], *parts, made, [], "image", {"norms, next word": rest},
+                  len(stacks[0]), at, whole)  # fmt: skip
+
+
+def find(what: str) -> tuple[Any, str]:
+    """The configuration of a preset's name, of a folder with a config.json, or of a training recipe: a VLConfig or a
+    VisionEncoderDecoderConfig. A recipe is drawn without heads, which its data decide. Raises UserError when it is none
+    of them."""
     from interlace.presets import PRESETS, names, preset
 
     path = Path(what).expanduser()
@@ -308,14 +376,18 @@ def find(what: str) -> tuple[VLConfig, str]:
     return make(), f"{line.system}: {name.removeprefix(known + '_').replace('_', ' ')}"
 
 
-def read_config(folder: Path) -> VLConfig:
-    """Raises UserError for another library's config.json."""
+def read_config(folder: Path) -> Any:
+    """Raises UserError for another model's config.json."""
     import json
+
+    from transformers import VisionEncoderDecoderConfig
 
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     except (ValueError, AttributeError):
         raise UserError(f"{folder}/config.json is not JSON with a model's configuration.") from None
+    if model_type == "vision-encoder-decoder":
+        return VisionEncoderDecoderConfig.from_pretrained(folder)
     if model_type != "interlace":
         raise UserError(f"{folder} holds a model of type {model_type!r}, not one of ours; if a preset knows its names, "
                         "bring it over with `interlace convert`.")  # fmt: skip
@@ -342,19 +414,19 @@ def print_figure(drawn: Figure, console: Console | None = None) -> None:
     for head in ("part", "text", "", "image"):
         table.add_column(head, no_wrap=not head)
     table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("multiply-adds", justify="right", no_wrap=True)
+    table.add_column("FLOPs", justify="right", no_wrap=True)
 
     def embedder(part: Part) -> str:
-        return f"[dim]{part.name.replace('_', ' ')}, {part.width} wide[/dim]"
+        return f"[dim]{part.title}, {part.width} wide[/dim]"
 
     for stream, part in (("text", drawn.text), ("image", drawn.image)):
         at = ("", embedder(part), "", "") if stream == "text" else ("", "", "", embedder(part))
-        table.add_row(*at, millions(part.parameters), billions(part.adds))
+        table.add_row(*at, millions(part.parameters), billions(part.flops))
 
     def add(group: Group, other: str = "image") -> None:
         for n, step in enumerate(group.steps):
             says = [", ".join(step.says(stream)) for stream in STREAMS]
-            own = (f"[bold]{group.title}[/bold]", millions(group.parameters), billions(group.adds))
+            own = (f"[bold]{group.title}[/bold]", millions(group.parameters), billions(group.flops))
             own = own if n == 0 else ("", "", "")
             says[0] = says[0].replace("reads image", f"reads {other}")
             table.add_row(own[0], says[0], arrow(step), says[1], *own[1:])
@@ -365,7 +437,7 @@ def print_figure(drawn: Figure, console: Console | None = None) -> None:
             table.add_row("", f"[green]{drawn.meet}[/green]", "", "", "", "")
         add(group)
     for group in drawn.writes:
-        add(group, {"image": "image", "text": "question"}[drawn.context])
+        add(group, READ_BY_DECODER[drawn.context])
     for name, parameters in drawn.ends.items():
         table.add_row(f"[dim]{name}[/dim]", "", "", "", millions(parameters), "")
     console.print(f"[bold]{drawn.title}[/bold]")

@@ -150,3 +150,8 @@ def test_without_a_configuration_heads_are_64_wide(tmp_path):
     assert config.text.width == config.image.width == width and config.image.features == 20
     assert len(config.segments["joint"]) == 3 and config.heads == model.config.heads | {
         "mrc": {**model.config.heads["mrc"], "hidden": 128}}  # fmt: skip
+
+
+def test_transformers_own_class_needs_no_converting(tmp_path):
+    with pytest.raises(UserError, match="nothing to convert"):
+        convert(tmp_path, tmp_path / "ours", "vision_encoder_decoder", QUIET)

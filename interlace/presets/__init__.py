@@ -9,18 +9,28 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from interlace.errors import UserError, suggest
-from interlace.presets import blip, clip, lxmert, mlim, uniter, vilbert, vilt, visual_bert, vl_bert
+from interlace.presets import (
+    blip,
+    clip,
+    lxmert,
+    mlim,
+    uniter,
+    vilbert,
+    vilt,
+    vision_encoder_decoder,
+    visual_bert,
+    vl_bert,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from interlace.config import VLConfig
 
 
 @dataclass(frozen=True)
 class Preset:
     """A line of the table. `depth`: index of the first layer in which the streams meet, of how many. `parameters`: at
-    base size, with the heads of pre-training. `others`: further sizes and tasks, by name."""
+    base size, with the heads of pre-training. `make` gives a VLConfig; that of vision_encoder_decoder, whose model is
+    transformers' own class, a VisionEncoderDecoderConfig. `others`: further sizes and tasks, by name."""
 
     system: str
     year: int
@@ -30,8 +40,8 @@ class Preset:
     objectives: str
     parameters: int
     module: ModuleType
-    make: Callable[..., VLConfig]
-    others: dict[str, Callable[..., VLConfig]] = field(default_factory=dict)
+    make: Callable[..., Any]
+    others: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 # fmt: off
@@ -58,6 +68,9 @@ PRESETS = {
                           252_441_919, blip, blip.blip,
                           {"blip_large": partial(blip.blip, **blip.large()), "blip_retrieval": blip.blip_retrieval,
                            "blip_caption": blip.blip_caption, "blip_vqa": blip.blip_vqa}),
+    "vision_encoder_decoder":
+                   Preset("ViT + GPT-2", 2021, "dual",  (12, 24), "patches of 16", "lm",
+                          238_605_312, vision_encoder_decoder, vision_encoder_decoder.vit_gpt2),
 }
 # fmt: on
 
@@ -67,7 +80,7 @@ def names() -> list[str]:
     return [*PRESETS, *(other for line in PRESETS.values() for other in line.others)]
 
 
-def preset(name: str) -> tuple[Preset, Callable[..., VLConfig]]:
+def preset(name: str) -> tuple[Preset, Callable[..., Any]]:
     """The line of the table and the function that makes the configuration, of a system or one of its other sizes.
     Raises UserError for an unknown name, with the nearest."""
     plain = name.strip().lower().replace("-", "_")
@@ -96,15 +109,16 @@ def print_table(console: Console | None = None) -> None:
 
     console = console or Console()
     if not console.is_terminal:  # a file or a pipe has no edge to wrap at
-        console = Console(file=console.file, width=140)
+        console = Console(file=console.file, width=150)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in ("preset", "system", "streams", "meet", "sees"):
+    for head in ("preset", "system", "year", "streams", "fusion depth", "vision input"):
         table.add_column(head, no_wrap=True)
-    table.add_column("learns by")
-    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("objectives")
+    table.add_column("parameters", justify="right", no_wrap=True)
     for name, line in PRESETS.items():
-        table.add_row(f"[bold]{name}[/bold]", f"{line.system} {line.year}", line.streams, met(line.depth), line.sees,
+        table.add_row(f"[bold]{name}[/bold]", line.system, str(line.year), line.streams, met(line.depth), line.sees,
                       line.objectives, f"{line.parameters / 1e6:.0f} M")  # fmt: skip
     console.print(table)
     console.print("\nalso: " + ", ".join(other for line in PRESETS.values() for other in line.others))
-    console.print("[dim]size: parameters at base size, with the heads of pre-training[/dim]")
+    console.print("[dim]fusion depth: the first layer in which the streams meet, counted from 0. parameters: at base "
+                  "size, with the heads of pre-training. The figure of each: interlace draw NAME[/dim]")  # fmt: skip

@@ -49,11 +49,13 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
+    ViTConfig,
 )
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
@@ -236,6 +238,28 @@ def _check_reads(decoder: PreTrainedModel) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- how to make one
+
+
+def vit_gpt2(vision: PreTrainedConfig | None = None, text: PreTrainedConfig | None = None,
+             ids: Ids | None = None) -> VisionEncoderDecoderConfig:  # fmt: skip
+    """The usual pair, ViT-B/16 and GPT-2, as a configuration: `CaptionModel(vit_gpt2())` has random weights. GPT-2's
+    one special token starts a caption, ends it and pads."""
+    ids = ids or Ids(start=50256, pad=50256, end=50256)
+    text = text or GPT2Config(bos_token_id=ids.start, eos_token_id=ids.end)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        vision or ViTConfig(), text, decoder_start_token_id=ids.start, bos_token_id=ids.start, pad_token_id=ids.pad,
+        eos_token_id=ids.end)  # fmt: skip
+    return cast(VisionEncoderDecoderConfig, config)
+
+
+def tiny() -> VisionEncoderDecoderConfig:
+    vision = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32,
+                       patch_size=8)  # fmt: skip
+    text = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=24, bos_token_id=98, eos_token_id=98)
+    return vit_gpt2(vision, text, Ids(98, 98, 98))
+
+
+PRETRAIN: list[dict[str, Any]] = [{"lm": {}}]  # both towers come trained; captions teach the layers that read
 
 
 def caption_model(vision: PreTrainedConfig | PreTrainedModel, text: PreTrainedConfig | PreTrainedModel,
