@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
 from interlace.data.pictures import BadPicture
 
-# Boxes that were rounded (float16, pixels) stand out of the picture by a little; they are moved in, others refused.
-SLACK = 2e-3
+CLOSE = 1e-3  # a box may leave the picture by so much, and is moved in: half precision rounds by half of it
 
 
 class BadRegions(BadPicture):
@@ -46,12 +46,12 @@ def check_regions(regions: RegionArrays, features: int | None = None, beliefs: i
     """The same regions, boxes rounded into the picture. `features`, `beliefs`: numbers a region must have of each.
 
     Raises BadRegions: no regions, arrays of unequal length, features or beliefs of another width, numbers that are not
-    finite, a box outside the picture or with its corners in the wrong order.
+    finite, a box outside the picture or with its corners in the wrong order; it names the first such region.
     """
     x, boxes = regions.features, regions.boxes
     if x.ndim != 2 or boxes.ndim != 2 or boxes.shape[1] != 4:
         raise BadRegions(f"expected features (I, F) and boxes (I, 4), got {x.shape} and {boxes.shape}")
-    if not len(x):
+    if not x.size:
         raise BadRegions("zero regions")
     for name, value in regions.given().items():
         if value.shape[:1] != x.shape[:1] or value.dtype.kind not in "fiu":
@@ -62,21 +62,25 @@ def check_regions(regions: RegionArrays, features: int | None = None, beliefs: i
         raise BadRegions(f"{x.shape[1]} features per region, expected {features}: another extractor's?")
     if beliefs is not None and regions.beliefs is not None and regions.beliefs.shape[1:] != (beliefs,):
         raise BadRegions(f"beliefs of shape {regions.beliefs.shape}, expected {beliefs} classes per region")
-    if (wrong := np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(1))).size:
-        raise BadRegions(f"box {_box(boxes, wrong[0])} has its corners in the wrong order (expected x1, y1, x2, y2)")
-    if (wrong := np.flatnonzero(((boxes < -SLACK) | (boxes > 1 + SLACK)).any(1))).size:
-        pixels = " (pixels? then the file must say the picture's width and height)" if boxes.max() > 2 else ""
-        raise BadRegions(f"box {_box(boxes, wrong[0])} is outside the picture, which is 0 to 1{pixels}")
+    _none_of((boxes[:, 2:] < boxes[:, :2]).any(axis=1), boxes, "with its corners in the wrong order (expected x1, y1, "
+             "x2, y2; of x, y, width, height add the sides to the first corner)")  # fmt: skip
+    pixels = " (pixels? then the file must say the picture's width and height)" if boxes.max() > 2 else ""
+    outside = ((boxes < -CLOSE) | (boxes > 1 + CLOSE)).any(axis=1)
+    _none_of(outside, boxes, f"outside the picture, which is 0 to 1{pixels}")
     return replace(regions, boxes=boxes.clip(0, 1))
 
 
-def _box(boxes: np.ndarray, at: int) -> str:
-    return f"{at} ({', '.join(f'{float(number):.4g}' for number in boxes[at])})"
+def _none_of(wrong: Any, boxes: np.ndarray, what: str) -> None:
+    if wrong.any():
+        at = int(wrong.argmax())
+        numbers = ", ".join(f"{float(number):.4g}" for number in boxes[at])
+        more = f", and {int(wrong.sum()) - 1} more" if wrong.sum() > 1 else ""
+        raise BadRegions(f"box {at} of {len(boxes)} ({numbers}){more} {what}")
 
 
 def with_whole(regions: RegionArrays) -> RegionArrays:
-    """The whole picture in front, as ViLBERT (Lu et al. 2019, arXiv:1908.02265, section 3.1) wants it: its feature is
-    the mean of the others', its box the picture. Nobody classified it: beliefs 0, labels -1, confidence 0."""
+    """The whole picture in front, for ViLBERT (Lu et al. 2019, arXiv:1908.02265, section 3.1) and VL-BERT: its feature
+    is the mean of the others', its box the picture. Nobody classified it: beliefs 0, labels -1, confidence 0."""
     out = {}
     for name, value in regions.given().items():
         first: np.ndarray | float = {"features": regions.features.astype(np.float32).mean(0), "objects": -1,

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from interlace.embed.regions import Regions, seven
+from interlace.embed.grid import box_numbers
+from interlace.embed.regions import Regions
 from interlace.errors import UserError
 from interlace.regions.arrays import RegionArrays, with_whole
 
-
-def four(boxes: Tensor) -> Tensor:
-    """Corners (..., 4) in parts of the picture, as LXMERT (arXiv:1908.07490) and VL-BERT (arXiv:1908.08530) read."""
-    return boxes
-
-
-def five(boxes: Tensor) -> Tensor:
-    """Corners (..., 4) -> ViLBERT's (..., 5): corners, share of the picture's area (arXiv:1908.02265, section 3.1)."""
-    return torch.cat([boxes, (boxes[..., 2:] - boxes[..., :2]).prod(-1, keepdim=True)], -1)
-
-
-BOXES: dict[int, Callable[[Tensor], Tensor]] = {4: four, 5: five, 7: seven}  # by how many numbers the model reads
 LABELS = ("objects", "attributes")  # padded with -1: not scored
 
 
@@ -32,22 +21,21 @@ def collate_regions(rows: Sequence[RegionArrays], boxes: int = 4, whole: bool = 
     """Regions of B pictures -> a batch, I the most regions any of them has.
 
     >>> collate_regions([two_regions, three_regions], boxes=7)
-    {"region_features": float32 (2, 3, F), "region_boxes": float32 (2, 3, 7), "region_mask": bool (2, 3)}
+    {"region_features": float32 (2, 3, F), "region_boxes": float32 (2, 3, 7), "region_mask": bool (2, 3),
+     "region_cells": bool (2, 3)}
 
     and where the pictures have them `region_confidence` (B, I), `region_beliefs` (B, I, C), `region_objects`,
     `region_attributes` int64 (B, I), `region_objects_confidence`, `region_attributes_confidence` (B, I). Padding is 0,
-    in labels -1, False in the mask.
+    in labels -1, False in the mask. `region_cells` are those that may be hidden: the mask without the whole picture.
 
     Args:
         boxes: numbers per box: 4 corners (LXMERT, VL-BERT), 5 with the area (ViLBERT), 7 with width, height and area
             (UNITER); 0 leaves them out (VisualBERT).
-        whole: put the whole picture in front (ViLBERT). VL-BERT's embedder does so itself.
+        whole: put the whole picture in front (ViLBERT, VL-BERT).
 
-    Raises UserError for another number of box numbers, and for pictures whose features differ in width or of which
+    Raises UserError for any other number of box numbers, and for pictures whose features differ in width or of which
     only some have beliefs or labels: they are of different extractors.
     """
-    if boxes not in (0, *BOXES):
-        raise UserError(f"boxes have 4, 5 or 7 numbers, or 0 for none; got {boxes}.")
     rows = [with_whole(row) for row in rows] if whole else rows
     names = set(rows[0].given())
     widths = {(row.features.shape[1], None if row.beliefs is None else row.beliefs.shape[1]) for row in rows}
@@ -56,7 +44,8 @@ def collate_regions(rows: Sequence[RegionArrays], boxes: int = 4, whole: bool = 
                         f"(features and classes: {sorted(widths, key=str)}).")  # fmt: skip
     counts = np.array([len(row) for row in rows])
     mask = np.arange(counts.max()) < counts[:, None]  # (B, I)
-    batch = {"region_mask": torch.from_numpy(mask)}
+    batch = {"region_mask": torch.from_numpy(mask), "region_cells": torch.from_numpy(mask.copy())}
+    batch["region_cells"][:, :whole] = False
     for name in names:
         flat = np.concatenate([getattr(row, name) for row in rows])  # (sum of counts, ...)
         padded = np.full((*mask.shape, *flat.shape[1:]), -1 if name in LABELS else 0,
@@ -64,7 +53,7 @@ def collate_regions(rows: Sequence[RegionArrays], boxes: int = 4, whole: bool = 
         padded[mask] = flat
         batch[f"region_{name}"] = torch.from_numpy(padded)
     if boxes:
-        batch["region_boxes"] = BOXES[boxes](batch["region_boxes"])
+        batch["region_boxes"] = box_numbers(batch["region_boxes"], boxes)
     else:
         del batch["region_boxes"]
     return batch

@@ -50,9 +50,10 @@ def from_arrays(given: Mapping[str, Any]) -> RegionArrays:
 def read_npz(file: Path | IO[bytes]) -> RegionArrays:
     """Raises BadRegions for a file that is no .npz, is damaged, or holds pickled objects (they are not read)."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise BadRegions("not an .npz file")
+        arrays = np.load(file, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise BadRegions("not an .npz file")
+        with arrays:
             known = {other for others in NAMES.values() for other in others}
             return from_arrays({name: arrays[name] for name in arrays.files if name in known})
     except (OSError, EOFError, zipfile.BadZipFile, KeyError) as error:

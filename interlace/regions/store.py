@@ -218,7 +218,8 @@ class Writer:
         if len(keys) == 0:
             raise ValueError("a picture without a key cannot be found again")
         regions = check_regions(regions, self.features, self.beliefs or None)
-        stored = RegionArrays(**{k: v.astype(DTYPES.get(k, np.float32)) for k, v in regions.given().items()})
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            stored = RegionArrays(**{k: v.astype(DTYPES.get(k, np.float32)) for k, v in regions.given().items()})
         if not np.isfinite(stored.features).all():
             raise BadRegions(f"features up to {np.abs(regions.features).max():.3g}, which half precision cannot hold")
         self.waiting.append((keys, stamp, stored))
