@@ -24,8 +24,12 @@ from interlace.warm_start import quiet_branches
 @dataclass
 class Composition:
     """What to build. `text`, `image`: a shipped tower's name, a local transformers folder, or a hub name; `image` also
-    "patches": no tower, the schedule itself reads the pixels (ViLT)."""
+    "patches": no tower, the schedule itself reads the pixels (ViLT). `system`: a preset by name, at the size that
+    `layers` and `width` say; it says itself where the streams meet. `start`: a finished run to go on from; its own
+    parts and sizes hold."""
 
+    system: str = ""
+    start: str = ""
     text: str = "minilm"
     image: str = "efficientnet-lite0"
     fusion: str = "mid"  # late | mid | early: where the streams first meet
@@ -82,7 +86,9 @@ def _config(what: Composition, objectives: list[Objective]) -> tuple[VLConfig, t
         pixels = ImageStem(width, pool="mean", tower=image.model.config.to_dict(), size=what.size, cells=h * w,
                            prefix=image.extras.prefix, channels=image.hidden_size, mean=list(spec.mean),
                            std=list(spec.std))  # fmt: skip
-    heads = {o.head: o.head_options() for o in objectives if o.head}
+    if any(o.hides_cells for o in objectives):
+        pixels.hide = True
+    heads = {o.head: o.head_for(words, pixels) for o in objectives if o.head}
     config = VLConfig(words, pixels, fusion=what.fusion, streams=what.streams, layers=what.layers, heads=heads)
     return config, image, text
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from interlace.decoder import Decoder
 from interlace.embed.base import Embedder, embedder_from_dict
+from interlace.embed.grid import GridRegions  # noqa: F401  named here so that config.json finds it
 from interlace.embed.patches import Patches
 from interlace.embed.regions import LXMERTRegions  # noqa: F401  imports every merge of regions, as below
 from interlace.embed.stem import ImageStem, TextStem  # noqa: F401  named here so that config.json finds them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -95,6 +96,7 @@ class VLModel(PreTrainedModel):
             self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(3, 1, 1))
             self.register_buffer("pixel_std", torch.tensor(spec.std).view(3, 1, 1))
         self.frozen: tuple[str, ...] = ()
+        self.started: tuple[str, ...] = ()  # parameters that came from a pre-trained part
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -138,6 +140,24 @@ class VLModel(PreTrainedModel):
         self.frozen = tuple(streams)
         self.train(self.training)
 
+    def freeze_named(self, patterns: list[str]) -> int:
+        """Parameters whose names a regular expression finds stop learning; how many they are. A tower is frozen in part
+        by "text.tower.encoder.layer.[0-3]\\.". Raises UserError for a pattern that finds none."""
+        names = dict(self.named_parameters())
+        frozen: set[str] = set()
+        for pattern in patterns:
+            try:
+                found = {name for name in names if re.search(pattern, name)}
+            except re.error as error:
+                raise UserError(f"{pattern!r} is no regular expression: {error}.") from None
+            if not found:
+                parts = sorted({".".join(name.split(".")[:3]) for name in names})
+                raise UserError(f"no parameter has {pattern!r} in its name; they begin with {', '.join(parts[:20])}.")
+            frozen |= found
+        for name in frozen:
+            names[name].requires_grad_(False)
+        return len(frozen)
+
     def train(self, mode: bool = True) -> VLModel:
         super().train(mode)
         for stream in getattr(self, "frozen", ()):
@@ -169,25 +189,39 @@ class VLModel(PreTrainedModel):
         streams = self.schedule.run(Streams(states, None), see or everyone(mask, None), stop=self._alone)
         return Half(streams.text, mask)  # type: ignore[arg-type]
 
-    def half_image(self, pixel_values: Tensor | Regions, mask: Tensor | None = None) -> Half:
+    def half_image(self, pixel_values: Tensor | Regions, mask: Tensor | None = None,
+                   hidden: Tensor | None = None) -> Half:  # fmt: skip
         """Pixels (B, 3, S, S), uint8 or normalised float, or regions -> the image stream just before fusion. `mask`
-        (B, I); of pixels (B, H, W) for pictures of unequal sizes, if the embedder takes such."""
-        pixels = self.normalise(pixel_values)
+        (B, I); of pixels (B, H, W) for pictures of unequal sizes, if the embedder takes such. `hidden` (B, I) bool,
+        True = a region, patch or cell to be guessed. Raises UserError when the image part cannot hide any."""
+        return self._half_image(self.normalise(pixel_values), mask, hidden)
+
+    def _half_image(self, pixels: Tensor | Regions | None, mask: Tensor | None, hidden: Tensor | None,
+                    **given: Any) -> Half:  # fmt: skip
         if getattr(self.image, "reads_words", False):  # its regions share tables of the words (types, positions, norm)
-            embedded = self.image(pixels, self.text)
-        else:
-            embedded = self.image(pixels, mask) if getattr(self.image, "masks_pixels", False) else self.image(pixels)
-        states, mask = _with_mask(embedded, mask)
+            given["words"] = self.text
+        if getattr(self.image, "masks_pixels", False):
+            given["mask"] = mask
+        if hidden is not None:
+            if isinstance(pixels, Regions):
+                pixels = pixels._replace(hidden=hidden)
+            elif getattr(self.image, "hides", False):
+                given["hidden"] = hidden
+            else:
+                raise UserError(f"the image part {self.config.image.name!r} has nothing to put in the place of a "
+                                "hidden cell: choose one that has (`hide: true`), or leave the objective out.")
+        states, mask = _with_mask(self.image(pixels, **given), mask)
         streams = self.schedule.run(Streams(None, states), everyone(None, mask), stop=self._alone)
         return Half(streams.image, mask)  # type: ignore[arg-type]
 
-    def half_from(self, stream: str, tower_states: Tensor, mask: Tensor | None = None) -> Half:
+    def half_from(self, stream: str, tower_states: Tensor, mask: Tensor | None = None,
+                  hidden: Tensor | None = None) -> Half:  # fmt: skip
         """What a stem's tower said, (B, L, C), kept from before -> that stream just before fusion."""
-        states = getattr(self, stream)(None, states=tower_states)
-        text = stream == "text"
-        streams = Streams(states, None) if text else Streams(None, states)
-        out = self.schedule.run(streams, everyone(mask, None) if text else everyone(None, mask), stop=self._alone)
-        return Half(out.text if text else out.image, mask)  # type: ignore[arg-type]
+        if stream == "image":
+            return self._half_image(None, mask, hidden, states=tower_states)
+        streams = Streams(self.text(None, states=tower_states), None)
+        out = self.schedule.run(streams, everyone(mask, None), stop=self._alone)
+        return Half(out.text, mask)  # type: ignore[arg-type]
 
     @property
     def _alone(self) -> int:

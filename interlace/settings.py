@@ -42,6 +42,8 @@ class TrainSettings:
     aligned_lr: float = 5e-5  # of the projections and the contrast, where they start aligned (model.align)
     text_lr: float = 2e-5  # of the text tower; 0 freezes it
     image_lr: float = 0.0  # of the image tower; 0 freezes it
+    start_lr: float = 0.0  # of a system's words and layers that start from the text tower; 0: as `lr`
+    freeze: list[str] = field(default_factory=list)  # regular expressions: parameters so named stop learning
     weight_decay: float = 0.05
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0  # gradient norm
@@ -52,14 +54,19 @@ class TrainSettings:
     keep_checkpoints: bool = False  # after the run has finished
     evaluate: bool = True  # on the validation split, at the end
     gradient_checkpointing: bool = False
+    mix: str = "sum"  # passes: sum (all in every step) | draw (one a step, by share) | turns (one a step, in turns)
 
 
 @dataclass
 class Settings:
+    """`objectives`: name -> options, each with a forward of its own. `passes` instead: a list of such mappings, whose
+    objectives share one forward, each with `share`, `image`, `name` (see `Pass`)."""
+
     data: DataSettings = field(default_factory=DataSettings)
     model: Composition = field(default_factory=Composition)
     augment: Augment = field(default_factory=Augment)
     objectives: dict[str, dict[str, Any]] = field(default_factory=lambda: {"itc": {}, "itm": {}, "vqa": {}})
+    passes: list[dict[str, Any]] = field(default_factory=list)
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def load_settings(file: str | Path | None, overrides: list[str] | None = None) -
         if not isinstance(given, dict):
             raise UserError(f"{path}: expected a mapping with {', '.join(_names(Settings))}; "
                             f"got {type(given).__name__}.")  # fmt: skip
-    given.setdefault("objectives", Settings().objectives)
+    given.setdefault("objectives", {} if given.get("passes") else Settings().objectives)
     for override in overrides or []:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -98,6 +105,10 @@ def load_settings(file: str | Path | None, overrides: list[str] | None = None) -
     if isinstance(given["objectives"], dict):
         asked = given["objectives"].items()
         given["objectives"] = {name: options or {} for name, options in asked if options is not False}
+    given["passes"] = _plain_passes(given.get("passes") or [])
+    if given["passes"] and given["objectives"]:
+        raise UserError("give either objectives, each with a forward of its own, or passes, whose objectives share "
+                        f"one; got objectives {', '.join(given['objectives'])} beside passes.")  # fmt: skip
     _check_keys(Settings, given, "")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Settings, None)
@@ -105,6 +116,16 @@ def load_settings(file: str | Path | None, overrides: list[str] | None = None) -
         return Settings(**parser.instantiate(parser.parse_object(given)))
     except argparse.ArgumentError as error:
         raise UserError(_plainly(error)) from None
+
+
+def _plain_passes(given: Any) -> list[dict[str, Any]]:
+    """A bare line `mlm:` means its defaults, `mlm: false` leaves it out. Raises UserError for anything but mappings."""
+    if not isinstance(given, list) or not all(isinstance(one, dict) and one for one in given):
+        raise UserError("passes: expected a list of mappings from objectives to their options, such as "
+                        f"[{{mlm: {{mask: 0.15}}, itm: {{negatives: swap}}}}]; got {given!r}.")  # fmt: skip
+    plain = ("share", "image", "name")
+    return [{k: v if k in plain else v or {} for k, v in one.items() if k in plain or v is not False}
+            for one in given]  # fmt: skip
 
 
 def _plainly(error: argparse.ArgumentError) -> str:
@@ -124,6 +145,7 @@ WORDS: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "a text",
     str | list[str]: "a text or a list of texts",
     dict[str, str]: "names of columns, ours to theirs, such as {caption: title}",
+    list[str]: "a list of texts",
 }  # fmt: skip
 
 

@@ -22,13 +22,14 @@ from interlace.data.processor import Processor
 from interlace.data.rows import Source
 from interlace.data.sources import open_source
 from interlace.data.states import States, frozen_states
-from interlace.errors import Stopped, UserError
+from interlace.errors import Stopped, UserError, suggest
 from interlace.learner import Learner
-from interlace.objectives import Objective, Others, build_objective
+from interlace.objectives import ITC, Objective, Others, Pass, build_objective
 from interlace.objectives.base import check_options, check_type
 from interlace.objectives.itc import gather
 from interlace.run import MARK, Run, save_run, write_json
 from interlace.settings import Settings
+from interlace.systems import build_from_run, build_system
 from interlace.warm_start import align_stems
 
 CHECKPOINTS = "checkpoints"
@@ -44,27 +45,47 @@ def answer_list(source: Source, min_count: int = 1, split: str = "train") -> lis
     return [a for a, _ in sorted(kept, key=lambda pair: (-pair[1], pair[0]))]
 
 
-def build_objectives(settings: Settings, source: Source) -> list[tuple[Objective, float]]:
-    """(objective, weight) in the order of the config. Raises UserError when the data cannot feed one of them."""
-    built = []
-    for name, given in settings.objectives.items():
+WITH_ANSWERS = ("vqa", "answers")  # objectives that choose from a list made of the data
+WITH_CAPTIONS = ("itc", "itm", "mlm", "wra", "wpa", "prefix_lm", "lm")
+
+
+def build_passes(settings: Settings, source: Source) -> list[Pass]:
+    """In the order of the config. Raises UserError when the data cannot feed one of the objectives."""
+    mixes = ("sum", "draw", "turns")
+    if settings.train.mix not in mixes:
+        raise UserError(f"train.mix is {', '.join(mixes)}; got {settings.train.mix!r}."
+                        f"{suggest(settings.train.mix, mixes)}")  # fmt: skip
+    passes = []
+    for given in settings.passes or [{name: options} for name, options in settings.objectives.items()]:
         options = dict(given)
-        weight = options.pop("weight", 1.0)
-        check_type(f"objectives.{name}.weight", weight, float)
-        check_options(name, options)
-        if name == "vqa" and not options.get("answers"):
-            options["answers"] = answer_list(source, options.get("min_count", 1))
-            if not options["answers"]:
-                raise UserError(f"the vqa objective needs questions with answers, and {source.name} has none in its "
-                                "train split: add a questions file, or leave vqa out "
-                                "(objectives.vqa=false).")  # fmt: skip
-        if name in ("itc", "itm") and not any(c.strip() for c in source.captions().to_pylist()[:1000]):
-            raise UserError(f"the {name} objective needs captions, and the first 1,000 rows of {source.name} have "
-                            "none: name the column (data.columns={caption: ...}) or leave it out.")  # fmt: skip
-        built.append((build_objective(name, options), float(weight)))
-    if not built:
-        raise UserError("no objective is left to learn by: give at least one of itc, itm, vqa.")
-    return built
+        share, image, name = options.pop("share", 1.0), options.pop("image", True), options.pop("name", "")
+        check_type("passes.share", share, float)
+        check_type("passes.image", image, bool)
+        if share <= 0:
+            raise UserError(f"passes.share is how often a pass is drawn, above 0; got {share}.")
+        objectives = [_objective(key, value, settings, source) for key, value in options.items()]
+        if objectives:
+            passes.append(Pass(objectives, float(share), image, name))
+    if not passes:
+        raise UserError(f"no objective is left to learn by: give at least one of {', '.join(sorted(Objective.known))}.")
+    return passes
+
+
+def _objective(name: str, given: dict[str, Any], settings: Settings, source: Source) -> tuple[Objective, float]:
+    options = dict(given)
+    weight = options.pop("weight", 1.0)
+    check_type(f"objectives.{name}.weight", weight, float)
+    check_options(name, options)
+    if name in WITH_ANSWERS and not options.get("answers"):
+        options["answers"] = answer_list(source, options.get("min_count", 1))
+        if not options["answers"]:
+            raise UserError(f"the {name} objective needs questions with answers, and {source.name} has none in its "
+                            f"train split: add a questions file, or leave {name} out "
+                            f"(objectives.{name}=false).")  # fmt: skip
+    if name in WITH_CAPTIONS and not any(c.strip() for c in source.captions().to_pylist()[:1000]):
+        raise UserError(f"the {name} objective needs captions, and the first 1,000 rows of {source.name} have "
+                        "none: name the column (data.columns={caption: ...}) or leave it out.")  # fmt: skip
+    return build_objective(name, options), float(weight)
 
 
 class VLTrainer(SafeTrainer):
@@ -80,12 +101,16 @@ class VLTrainer(SafeTrainer):
         self._waiting: list[tuple[Any, Others]] = []
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
-        return EpochSampler(len(self.train_dataset), self.args.seed)  # type: ignore[arg-type]
+        passes, mix = self.learner.passes, self.settings.train.mix
+        shares = [one.share for one in passes] if mix != "sum" and len(passes) > 1 else None
+        rows = self.settings.train.batch * self.args.world_size  # of one optimiser step
+        return EpochSampler(len(self.train_dataset), self.args.seed, shares, rows, mix == "draw")  # type: ignore[arg-type]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             t = self.settings.train
             groups: dict[tuple[float, float], list[Tensor]] = {}
+            started = set(self.learner.started)
             for name, p in self.learner.named_parameters():
                 if not p.requires_grad:
                     continue
@@ -96,6 +121,8 @@ class VLTrainer(SafeTrainer):
                     rate = t.image_lr
                 elif self.aligned and name.startswith(("text.project.", "image.project.", "heads.contrast.")):
                     rate = t.aligned_lr
+                elif name in started and t.start_lr:
+                    rate = t.start_lr
                 decay = t.weight_decay if p.ndim > 1 and "positions" not in name else 0.0  # not norms, biases, scales
                 groups.setdefault((rate, decay), []).append(p)
             self.optimizer = torch.optim.AdamW(
@@ -105,8 +132,27 @@ class VLTrainer(SafeTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._waiting = self._constants(samples) if len(samples) > 1 and "contrast" in self.learner.heads else []
+        self._add_totals(samples)
+        self._waiting = self._constants(samples) if len(samples) > 1 and self._contrasts() else []
         return samples, items
+
+    def _contrasts(self) -> bool:
+        return any(isinstance(objective, ITC) for objective, _ in self.learner.objectives)
+
+    def _add_totals(self, samples: list[dict]) -> None:
+        """What each objective scores in the whole batch, over micro-batches and ranks, divided by their number: so that
+        the mean of what the micro-batches divide by it is what one process with all rows would have."""
+        for number, one in enumerate(self.learner.passes):
+            parts = [sample["parts"][number] for sample in samples]
+            if not parts or parts[0] is None:
+                continue
+            counts = [one.totals(part, sample) for part, sample in zip(parts, samples)]
+            if not counts[0]:
+                continue
+            summed = torch.stack([torch.stack(list(count.values())) for count in counts]).sum(0).to(self.args.device)
+            summed = self.accelerator.reduce(summed, "sum") / (len(samples) * self.args.world_size)
+            for part in parts:
+                part["totals"] = dict(zip(counts[0], summed))
 
     @torch.no_grad()
     def _constants(self, samples: list[dict]) -> list[tuple[Any, Others]]:
@@ -188,7 +234,7 @@ class CollapseAlarm(TrainerCallback):
 
 
 Made = tuple[Learner, Processor]
-Maker = Callable[[Settings, list[tuple[Objective, float]]], Made]
+Maker = Callable[[Settings, list[Pass]], Made]
 
 
 def train(settings: Settings, source: Source | None = None, make: Maker | None = None) -> Path:
@@ -218,24 +264,25 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     if rows < t.batch:
         raise UserError(f"the train split of {source.name} has {rows} rows, fewer than one batch of {t.batch}: set "
                         f"train.batch={max(2, rows // 2)}.")  # fmt: skip
-    objectives = build_objectives(settings, source)
-    learner, processor = (make or make_learner)(settings, objectives)
+    passes = build_passes(settings, source)
+    learner, processor = (make or make_learner)(settings, passes)
     arguments = _arguments(settings, out)
     learner.to(arguments.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     states, aligned = _prepare_stems(settings, source, learner, processor)
-    samples = Samples(source, "train", processor, [o for o, _ in objectives], t.seed, states=states)
+    samples = Samples(source, "train", processor, passes, t.seed, states=states)
     out.mkdir(parents=True, exist_ok=True)
     settings.save(out / "config.yaml")
     write_json(out / "data.json", describe_data(source))
     trainer = VLTrainer(learner=learner, settings=settings, aligned=aligned, args=arguments, train_dataset=samples,
-                        data_collator=Collate(processor, states), log_file=out / LOG, progress_seconds=10)  # fmt: skip
+                        data_collator=Collate(processor, states, passes, learner.cells_to_hide()),
+                        log_file=out / LOG, progress_seconds=10)  # fmt: skip
     trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, rows) // 5)))
     trainer.train(resume_from_checkpoint=newest_complete(out / CHECKPOINTS) is not None)
     if trainer.stopped_by is not None:
         raise Stopped(f"stopped at step {trainer.state.global_step}; the same command resumes from {out / CHECKPOINTS}",
                       trainer.exit_code)  # fmt: skip
     if trainer.is_world_process_zero():  # the other ranks are done; their results are in rank 0's model
-        finish(out, settings, learner, processor, objectives, source, trainer)
+        finish(out, settings, learner, processor, source, trainer)
     return out
 
 
@@ -243,7 +290,7 @@ def _prepare_stems(settings: Settings, source: Source, learner: Learner,
                    processor: Processor) -> tuple[States | None, bool]:  # fmt: skip
     """What frozen towers say, and whether the projections over them now start aligned."""
     states = frozen_states(learner, processor, source, "train", settings.data.views, settings.data.keep_states_gb * 1e9)
-    if states is None or not settings.model.align:
+    if states is None or not settings.model.align or settings.model.system or settings.model.start:
         return states, False
     strength = align_stems(learner, states, source)
     if strength is None:
@@ -253,13 +300,18 @@ def _prepare_stems(settings: Settings, source: Source, learner: Learner,
     return states, strength is not None
 
 
-def make_learner(settings: Settings, objectives: list[tuple[Objective, float]]) -> tuple[Learner, Processor]:
-    """The composed model ready to learn: towers loaded, and frozen where their learning rate is 0."""
-    model, processor = compose(settings.model, [o for o, _ in objectives], settings.augment, Learner)
+def make_learner(settings: Settings, passes: list[Pass]) -> tuple[Learner, Processor]:
+    """The composed model, or the published system at the size of its parts, ready to learn: towers loaded, and frozen
+    where their learning rate is 0."""
+    objectives = [o for one in passes for o, _ in one.objectives]
+    what = settings.model
+    build = build_from_run if what.start else build_system if what.system else compose
+    model, processor = build(what, objectives, settings.augment, Learner)
     assert isinstance(model, Learner)
     frozen = [s for s, rate in (("text", settings.train.text_lr), ("image", settings.train.image_lr)) if rate == 0]
     model.freeze(*[s for s in frozen if hasattr(getattr(model, s), "tower")])
-    return model.learn_by(objectives), processor
+    model.freeze_named(settings.train.freeze)
+    return model.learn_by(passes), processor
 
 
 def trainer_steps(settings: Settings, rows: int) -> int:
@@ -350,16 +402,22 @@ def train_seconds(log: Path) -> float:
     return sum(b["time"] - a["time"] for a, b in pairwise(entries) if b.get("event") != "resumed")
 
 
-def finish(out: Path, settings: Settings, learner: Learner, processor: Processor,
-           objectives: list[tuple[Objective, float]], source: Source, trainer: VLTrainer) -> None:  # fmt: skip
+def _system_of(start: str) -> str:
+    """The system of the run that this one went on from."""
+    return json.loads((Path(start).expanduser() / MARK).read_text()).get("system", "") if start else ""
+
+
+def finish(out: Path, settings: Settings, learner: Learner, processor: Processor, source: Source,
+           trainer: VLTrainer) -> None:  # fmt: skip
     """Weights, answers, metrics, plot and card; the completion mark comes last."""
     import shutil
 
     from interlace.card import model_card, plot_losses
     from interlace.evaluate import evaluate, fit_match_weight, fit_temperature
 
-    answers: list[str] = next((o.answers for o, _ in objectives if o.name == "vqa"), [])  # type: ignore[attr-defined]
-    facts = {"name": out.name, "steps": trainer.state.global_step, "train_seconds": train_seconds(out / LOG),
+    answers: list[str] = next((o.answers for o, _ in learner.objectives if o.name in WITH_ANSWERS), [])  # type: ignore
+    facts = {"name": out.name, "system": settings.model.system or _system_of(settings.model.start),
+             "steps": trainer.state.global_step, "train_seconds": train_seconds(out / LOG),
              "parameters": sum(p.numel() for p in learner.parameters()),
              "trained": sum(p.numel() for p in learner.parameters() if p.requires_grad),
              "skipped": len(trainer.skipped), "data": source.name, "data_fingerprint": source.fingerprint}  # fmt: skip

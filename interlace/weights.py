@@ -158,6 +158,12 @@ def _line(name: str, keys: Keys) -> Line | None:
     return None if best is None else best[1]
 
 
+def fitting_lines(name: str, keys: Keys) -> list[Line]:
+    """Every line of the table that fits one of their names."""
+    found = [(theirs, target, _read(theirs, name)) for theirs, target in keys.items()]
+    return [Line(theirs, target, *fits) for theirs, target, fits in found if fits is not None]
+
+
 def bert_layer(theirs: str, ours: str) -> dict[str, str]:
     """The lines of one layer in BERT's names, which most releases kept: `theirs` ends before `.attention`."""
     return {

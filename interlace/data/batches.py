@@ -12,10 +12,12 @@ from torch.utils.data import Dataset, Sampler
 
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.processor import Processor
-from interlace.data.rows import Picture, Question, Source
+from interlace.data.rows import Pair, Question, Source
 from interlace.data.states import States
 from interlace.errors import UserError
-from interlace.objectives.base import Objective
+from interlace.objectives.base import Objective, Pass
+from interlace.regions.collate import collate_regions
+from interlace.regions.base import RegionSource
 
 
 class Drawer:
@@ -53,23 +55,25 @@ class QuestionsByRow:
 
 
 class Samples(Dataset):
-    """Item (epoch, position) -> a sample. A picture that cannot be read is replaced by the next row of the split that
-    can, and travels along as `skipped`, so that the main process counts and lists it."""
+    """Item (epoch, position) or (epoch, position, pass drawn) -> a sample. A picture that cannot be read is replaced by
+    the next row of the split that can, and travels along as `skipped`, so that the main process counts and lists it."""
 
-    def __init__(self, source: Source, split: str, processor: Processor, objectives: list[Objective], seed: int,
-                 augment: bool = True, states: States | None = None):  # fmt: skip
-        self.source, self.processor, self.objectives = source, processor, objectives
+    def __init__(self, source: Source, split: str, processor: Processor, passes: list[Pass] | list[Objective],
+                 seed: int, augment: bool = True, states: States | None = None,
+                 regions: RegionSource | None = None):  # fmt: skip
+        self.source, self.processor = source, processor
+        self.passes = [one if isinstance(one, Pass) else Pass([(one, 1.0)]) for one in passes]
         self.rows = np.asarray(source.indices(split))
         if not len(self.rows):
             raise UserError(f"{source.name} has no rows in its {split!r} split: give it a split column, or more rows.")
-        self.seed, self.augment, self.states = seed, augment, states
+        self.seed, self.augment, self.states, self.regions = seed, augment, states, regions
         self.draw = Drawer(source, self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, item: tuple[int, int] | int) -> dict[str, Any]:
-        epoch, position = item if isinstance(item, tuple) else (0, item)
+    def __getitem__(self, item: tuple[int, ...] | int) -> dict[str, Any]:
+        epoch, position, *drawn = item if isinstance(item, tuple) else (0, item)
         skipped: list[tuple[str, str]] = []
         for step in range(min(len(self.rows), 100)):
             place = (position + step) % len(self.rows)
@@ -78,26 +82,42 @@ class Samples(Dataset):
             rng = np.random.default_rng([self.seed, epoch, index])
             sample: dict[str, Any] = {"texts": {}, "id": row.id, "group": group_number(row.group), "skipped": skipped}
             try:
-                self._show(sample, row.picture, place, rng)
+                self._show(sample, row, place, rng)
             except BadPicture as bad:
                 skipped.append((row.id, bad.reason))
                 continue
-            for objective in self.objectives:
-                objective.prepare(sample, row, index, self.draw, rng)
+            sample["lot"], sample["parts"] = (self.seed, epoch, index), []
+            for number, one in enumerate(self.passes):
+                wanted = not drawn or drawn[0] == number
+                sample["parts"].append(self._part(sample, one, row, index, rng) if wanted else None)
             return sample
         raise UserError(f"100 rows of {self.source.name} in a row have no readable picture; the last: {skipped[-1]}. "
                         "Run `interlace data check` on the source.")  # fmt: skip
 
+    def _part(self, sample: dict[str, Any], one: Pass, row: Pair, index: int,
+              rng: np.random.Generator) -> dict[str, Any]:  # fmt: skip
+        """What the pass alone sees of the row: its sentence, and what its objectives add."""
+        sample["part"] = {"text": row.caption}
+        for objective in one.in_stages():
+            objective.prepare(sample, row, index, self.draw, rng)
+        part = sample.pop("part")
+        if one.fused:
+            sample["texts"]["caption"] = row.caption
+        return part
 
-    def _show(self, sample: dict[str, Any], ref: Picture, place: int, rng: np.random.Generator) -> None:
-        """Adds the picture, or what the frozen tower said of one of its views. Raises BadPicture."""
+    def _show(self, sample: dict[str, Any], row: Pair, place: int, rng: np.random.Generator) -> None:
+        """Adds the picture, its stored regions, or what the frozen tower said of one of its views. Raises
+        BadPicture."""
+        if self.regions is not None:
+            sample["regions"] = self.regions.of(row)
+            return
         if self.states is not None and self.states.images is not None:
             if place in self.states.unreadable:
                 raise BadPicture(self.states.unreadable[place])
             sample["image_states"] = self.states.image(place, int(rng.integers(self.states.views)))
             return
         # cropped pictures keep their detail when decoded at twice the size they end in
-        picture = open_picture(ref, size_hint=2 * self.processor.size)
+        picture = open_picture(row.picture, size_hint=2 * self.processor.size)
         sample["pixel_values"] = self.processor.picture(picture, rng if self.augment else None)
 
 
@@ -113,11 +133,18 @@ class Collate:
 
     >>> Collate(processor)([{"pixel_values": (3, 8, 8), "texts": {"caption": "a cat"}, "group": 7, ...}, ...])
     {"pixel_values": uint8 (B, 3, 8, 8), "caption_ids": (B, T), "caption_mask": (B, T), "caption_real": (B,) bool,
-     "group": (B,), "ids": [row ids], "skipped": [(id, reason)], and what the objectives added, stacked}
+     "group": (B,), "ids": [row ids], "skipped": [(id, reason)], "parts": [one dict a pass, None = not drawn], and what
+     the objectives added, stacked}
+
+    `passes`: those of the samples. `cells` (I,) bool: which cells of a picture may be hidden, where all have as many.
+    `boxes`: of stored regions, how many numbers a box has and whether the whole picture comes first.
     """
 
-    def __init__(self, processor: Processor, states: States | None = None):
-        self.processor, self.states = processor, states
+    def __init__(self, processor: Processor, states: States | None = None, passes: list[Pass] | None = None,
+                 cells: torch.Tensor | None = None, boxes: tuple[int, bool] = (4, False)):  # fmt: skip
+        self.processor, self.states, self.passes = processor, states, passes or []
+        self.cells = torch.zeros(0, dtype=torch.bool) if cells is None else cells
+        self.boxes = boxes
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
@@ -135,14 +162,42 @@ class Collate:
         for key, value in samples[0].items():
             if isinstance(value, torch.Tensor):
                 batch[key] = torch.stack([s[key] for s in samples])
+        if "regions" in samples[0]:
+            batch |= collate_regions([s["regions"] for s in samples], *self.boxes)
+        batch["parts"] = [self._part(number, one, samples, batch) for number, one in enumerate(self.passes)]
         return batch
+
+    def _part(self, number: int, one: Pass, samples: list[dict], batch: dict[str, Any]) -> dict[str, Any] | None:
+        """The pass's own tensors: its words with some hidden, the parts of the picture to hide, targets."""
+        given = [s["parts"][number] for s in samples]
+        if given[0] is None:
+            return None
+        tensors = [key for key, value in given[0].items() if isinstance(value, torch.Tensor)]
+        part = {key: torch.stack([p[key] for p in given]) for key in tensors}
+        if not one.fused:
+            return part
+        texts = [p["text"] for p in given]
+        part["text_real"] = torch.tensor([bool(t.strip()) for t in texts])
+        other = any(p["text"] != s["texts"]["caption"] for p, s in zip(given, samples))
+        if other or one.corrupts or one.limits_sight:  # else the caption's half serves, which other passes read too
+            part |= self.processor.tokens(texts)
+        if one.corrupts:
+            part["cells"] = batch.get("region_cells", self.cells.expand(len(samples), -1))
+            rngs = [np.random.default_rng([*s["lot"], number]) for s in samples]
+            for objective, _ in one.objectives:
+                objective.corrupt(part, rngs, self.processor)
+            del part["cells"], part["text_words"]
+        return part
 
 
 class EpochSampler(Sampler):
-    """Yields (epoch, position) in an order drawn by (seed, epoch)."""
+    """Yields (epoch, position) in an order drawn by (seed, epoch). `shares`: one pass is drawn for each `rows`
+    positions in a row, those of one optimiser step over all ranks, and yielded as the third number; `draw` False: they
+    take turns, as often as their shares say."""
 
-    def __init__(self, size: int, seed: int):
+    def __init__(self, size: int, seed: int, shares: list[float] | None = None, rows: int = 1, draw: bool = True):
         self.size, self.seed, self.epoch = size, seed, 0
+        self.shares, self.rows, self.draw = shares or [], rows, draw
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -150,6 +205,22 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return self.size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        return iter((self.epoch, int(n)) for n in order)
+        if not self.shares:
+            return iter((self.epoch, int(n)) for n in order)
+        drawn = self.passes(-(-self.size // self.rows))
+        return iter((self.epoch, int(n), drawn[at // self.rows]) for at, n in enumerate(order))
+
+    def passes(self, steps: int) -> list[int]:
+        """The pass of each step of the epoch."""
+        shares = np.array(self.shares) / sum(self.shares)
+        if self.draw:
+            return np.random.default_rng([self.seed, self.epoch, 1]).choice(len(shares), steps, p=shares).tolist()
+        # in turns: always the pass that is furthest behind its share, counted from the first step of the run
+        done, turns = np.zeros(len(shares)), []
+        for step in range((self.epoch + 1) * steps):
+            turn = int(np.argmax(shares * (step + 1) - done))
+            done[turn] += 1
+            turns.append(turn)
+        return turns[-steps:]

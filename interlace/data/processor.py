@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,35 @@ class Processor:
         out = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
                              padding_side="right")  # fmt: skip
         return out["input_ids"], out["attention_mask"]
+
+    def tokens(self, texts: list[str]) -> dict[str, Tensor]:
+        """-> text_ids, text_mask and text_words, each (B, T): the number of the word a token is a piece of, -1 =
+        special or padding."""
+        out = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
+                             padding_side="right", return_special_tokens_mask=True)  # fmt: skip
+        ids, mask = out["input_ids"], out["attention_mask"]
+        plain = mask.bool() & ~out["special_tokens_mask"].bool()
+        words = torch.full_like(ids, -1)
+        if self.tokenizer.is_fast:
+            for row in range(len(texts)):
+                numbers = [-1 if n is None else n for n in out.word_ids(row)]
+                words[row] = torch.tensor(numbers)
+        else:  # it does not tell which pieces belong together: each is a word of its own
+            words = torch.arange(ids.shape[1]).expand_as(ids).clone()
+        return {"text_ids": ids, "text_mask": mask, "text_words": words.masked_fill(~plain, -1)}
+
+    @property
+    def mask_id(self) -> int:
+        """Raises UserError when the tokenizer has no token for what is to be guessed."""
+        if self.tokenizer.mask_token_id is None:
+            raise UserError(f"{type(self.tokenizer).__name__} has no [MASK] token, so no word can be hidden: choose a "
+                            "text part of BERT's kind, or learn to write instead (prefix_lm, lm).")  # fmt: skip
+        return self.tokenizer.mask_token_id
+
+    @cached_property
+    def plain_ids(self) -> np.ndarray:
+        """Ids of all words that are not special: what a hidden word may be replaced by."""
+        return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
     def length(self, text: str) -> int:
         """Tokens of the text uncut, special tokens included."""

@@ -14,10 +14,14 @@ from interlace.errors import UserError
 
 @dataclass
 class Patches(Embedder):
+    """`hide`: it has a vector to put in the place of a patch that is to be guessed (ViT's [MASK], section 5 of its
+    supplement)."""
+
     size: int = 224  # pixels, the side the positions were made for
     patch: int = 16
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    hide: bool = False
     name = "patches"
     stream = "image"
 
@@ -44,6 +48,8 @@ def check_pixels(pixels: Tensor, patch: int) -> None:
 
 
 class PatchEmbedding(nn.Module):
+    lead = 1  # the class token stands before the cells
+
     def __init__(self, spec: Patches):
         super().__init__()
         width = spec.width.size
@@ -54,9 +60,13 @@ class PatchEmbedding(nn.Module):
         self.first = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, 1 + self.side**2, width))
         self.dropout = nn.Dropout(spec.width.dropout)
+        self.hides = spec.hide
+        if spec.hide:
+            self.hidden = nn.Parameter(torch.zeros(1, 1, width))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, h, w), normalised -> (B, 1 + cells, D). Other sizes interpolate the positions, bicubic."""
+    def forward(self, pixels: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """(B, 3, h, w), normalised -> (B, 1 + cells, D). Other sizes interpolate the positions, bicubic. `hidden`
+        (B, cells) bool: patches that become the one vector for what is to be guessed."""
         check_pixels(pixels, self.patch)
         cells = self.project(pixels)  # (B, D, h/p, w/p)
         positions: Tensor = self.positions
@@ -64,5 +74,8 @@ class PatchEmbedding(nn.Module):
             grid = positions[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
             grid = F.interpolate(grid, cells.shape[-2:], mode="bicubic", align_corners=False)
             positions = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
-        x = torch.cat([self.first.expand(len(cells), -1, -1), cells.flatten(2).transpose(1, 2)], 1)
+        tokens = cells.flatten(2).transpose(1, 2)
+        if hidden is not None:
+            tokens = torch.where(hidden.unsqueeze(-1), self.hidden, tokens)
+        x = torch.cat([self.first.expand(len(cells), -1, -1), tokens], 1)
         return self.dropout(x + positions)  # (B, 1+I, D)

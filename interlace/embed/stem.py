@@ -32,7 +32,8 @@ class TextStem(Embedder):
 @dataclass
 class ImageStem(Embedder):
     """`tower`: the configuration of a transformers vision model. `cells`: how many grid cells it gives at `size`
-    pixels, after `prefix` tokens that are none (class token, registers)."""
+    pixels, after `prefix` tokens that are none (class token, registers). `hide`: it has a vector to put in the place of
+    a cell that is to be guessed; a convolutional tower's neighbouring cells still know something of that one."""
 
     tower: dict[str, Any] = field(default_factory=dict)
     size: int = 224  # pixels
@@ -41,6 +42,7 @@ class ImageStem(Embedder):
     channels: int = 1280
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    hide: bool = False
     name = "image_stem"
     stream = "image"
 
@@ -94,6 +96,9 @@ class ImageTower(nn.Module):
         self.project = nn.Linear(spec.channels, spec.width.size)
         # a CNN's cells do not know where they are
         self.positions = nn.Parameter(torch.zeros(1, spec.cells, spec.width.size))
+        self.hides = spec.hide
+        if spec.hide:
+            self.hidden = nn.Parameter(torch.zeros(1, 1, spec.width.size))
 
     def start(self) -> None:
         _start_as_identity(self.project)
@@ -104,11 +109,15 @@ class ImageTower(nn.Module):
         left out, since only the cells have places."""
         return towers.grid_tokens(self.tower(pixel_values=pixels, **self.keywords).last_hidden_state, self.prefix)
 
-    def forward(self, pixels: Tensor | None, states: Tensor | None = None) -> Tensor:
-        """(B, 3, S, S), normalised -> (B, I, D). `states` (B, I, C): what the tower said of them, kept from before."""
+    def forward(self, pixels: Tensor | None, states: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S), normalised -> (B, I, D). `states` (B, I, C): what the tower said of them, kept from before.
+        `hidden` (B, I) bool: cells that become the one vector for what is to be guessed."""
         states = self.states(pixels) if states is None else states  # type: ignore[arg-type]
         if states.shape[1] != self.positions.shape[1]:
             raise UserError(f"the tower gave {states.shape[1]} cells for a picture, "
                             f"the model was made for {self.positions.shape[1]}: "
                             "use the size it was trained with.")  # fmt: skip
-        return self.project(states) + self.positions
+        cells = self.project(states)
+        if hidden is not None:
+            cells = torch.where(hidden.unsqueeze(-1), self.hidden, cells)
+        return cells + self.positions

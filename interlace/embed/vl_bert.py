@@ -86,6 +86,7 @@ class VLBERTRegions(RegionEmbedder):
 
 
 class ElementRegions(nn.Module):
+    lead = 1  # [END], see below
     masks_pixels = True  # it gives one cell more than there are regions, so it has to extend the mask
 
     def __init__(self, spec: VLBERTRegions):

@@ -55,14 +55,15 @@ class Transformed(OneStream):
 
 class Tied(OneStream):
     """Linear, activation, norm, then a table that belongs to another part: the words for masked words (Devlin et al.
-    2019), the feature projection backwards for masked features (UNITER). `labels`: rows of that table."""
+    2019), the feature projection backwards for masked features (UNITER). `labels`: rows of that table; `size`: numbers
+    in each, where they are not the stream's."""
 
     def __init__(self, text: int, image: int, labels: int, stream: str = "text", activation: str = "gelu",
-                 eps: float = 1e-12):  # fmt: skip
+                 eps: float = 1e-12, size: int = 0):  # fmt: skip
         super().__init__(text, image, stream)
-        self.dense = nn.Linear(self.size, self.size)
+        self.dense = nn.Linear(self.size, size or self.size)
         self.activation = ACTIVATIONS[activation]
-        self.norm = nn.LayerNorm(self.size, eps=eps)
+        self.norm = nn.LayerNorm(size or self.size, eps=eps)
         self.bias = nn.Parameter(torch.zeros(labels))
 
     def forward(self, states: Tensor, table: Tensor) -> Tensor:  # (..., D), (labels, D) -> (..., labels)

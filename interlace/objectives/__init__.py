@@ -1,8 +1,17 @@
 """Objectives: one file each."""
 
-from interlace.objectives.base import Batch, Objective, Others, Scored, Views, build_objective
+from interlace.objectives.answers import AnswerQuestions
+from interlace.objectives.base import Batch, Objective, Others, Pass, Scored, Views, build_objective
+from interlace.objectives.binding import Binding
 from interlace.objectives.itc import ITC
 from interlace.objectives.itm import ITM
+from interlace.objectives.mlm import MLM
+from interlace.objectives.modality_masking import MAM, ModalityDropout
+from interlace.objectives.mvm import MRC, MRCKL, MRFR, MVRC
+from interlace.objectives.reconstruct import Recon
 from interlace.objectives.vqa import VQA
+from interlace.objectives.wra import WPA, WRA
 
-__all__ = ["ITC", "ITM", "VQA", "Batch", "Objective", "Others", "Scored", "Views", "build_objective"]
+__all__ = ["ITC", "ITM", "MAM", "MLM", "MRC", "MRCKL", "MRFR", "MVRC", "VQA", "WPA", "WRA", "AnswerQuestions", "Batch",
+           "Binding", "ModalityDropout", "Objective", "Others", "Pass", "Recon", "Scored", "Views",
+           "build_objective"]  # fmt: skip

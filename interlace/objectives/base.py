@@ -1,13 +1,15 @@
 """What a model learns by. An objective is one small class: which columns, what is hidden, who sees whom, which head.
 
-Its data side (`prepare`) runs in the loader's workers and draws all its randomness from the generator it is given; its
-model side (`loss`) is deterministic given the batch, dropout aside.
+Its data side (`prepare`, `corrupt`) runs in the loader's workers and draws all its randomness from the generators it is
+given; its model side (`loss`) is deterministic given the batch, dropout aside. A `Pass` is the objectives that share
+one forward; a recipe mixes passes.
 """
 
 from __future__ import annotations
 
 import inspect
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,24 +17,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from interlace.embed.regions import Regions
 from interlace.errors import UserError, suggest
-from interlace.model import Half, VLModel
+from interlace.model import Half, VLModel, VLOutput
+from interlace.streams import Visibility, everyone
 
 if TYPE_CHECKING:
     from interlace.data.batches import Drawer
+    from interlace.data.processor import Processor
     from interlace.data.rows import Pair
+    from interlace.embed.base import Embedder
 
 Batch = dict[str, Any]
 
 
 class Views:
-    """The halves of one batch, each computed once however many objectives ask: the image is encoded once per step."""
+    """One pass over one batch: its shared forward, and the halves that no objective changed, which all passes of a step
+    share: the image is encoded once, however many objectives ask."""
 
-    def __init__(self, model: VLModel, batch: Batch):
-        self.model, self.batch = model, batch
-        self._halves: dict[str, Half] = {}
-        self._vectors: dict[str, Tensor] = {}
-        self.others: Others | None = None  # the rest of the batch under gradient accumulation, see itc.py
+    def __init__(self, model: VLModel, batch: Batch, part: Batch | None = None, plan: Pass | None = None,
+                 shared: Views | None = None):  # fmt: skip
+        """`part`: the pass's own tensors. `shared`: the views of another pass of this step."""
+        self.model, self.batch, self.part, self.plan = model, batch, part or {}, plan
+        self._halves: dict[str, Half] = {} if shared is None else shared._halves
+        self._vectors: dict[str, Tensor] = {} if shared is None else shared._vectors
+        self.others: Others | None = None if shared is None else shared.others  # see itc.py
+        self._fused: VLOutput | None = None
 
     @property
     def size(self) -> int:
@@ -40,10 +50,17 @@ class Views:
 
     def image(self) -> Half:
         if "image" not in self._halves:
-            kept = self.batch.get("image_states")
-            self._halves["image"] = (self.model.half_image(self.batch["pixel_values"]) if kept is None
-                                     else self.model.half_from("image", kept))  # fmt: skip
+            self._halves["image"] = self._read_image()
         return self._halves["image"]
+
+    def _read_image(self, hidden: Tensor | None = None) -> Half:
+        kept = self.batch.get("image_states")
+        if kept is not None:
+            return self.model.half_from("image", kept, hidden=hidden)
+        if "region_features" in self.batch:
+            regions = Regions(self.batch["region_features"], self.batch.get("region_boxes"))
+            return self.model.half_image(regions, self.batch.get("region_mask"), hidden=hidden)
+        return self.model.half_image(self.batch["pixel_values"], hidden=hidden)
 
     def text(self, name: str) -> Half:
         """`name`: "caption", "question", "other" -> the half of the words in `{name}_ids`, `{name}_mask`."""
@@ -59,6 +76,49 @@ class Views:
             half = self.image() if name == "image" else self.text(name)
             self._vectors[name] = self.model.alone(half, "image" if name == "image" else "text")
         return self._vectors[name]
+
+    # ------------------------------------------------------------------------------------ the pass's one forward
+
+    def fused(self) -> VLOutput:
+        """The pass's sentence and picture, as its objectives left them, through the whole model, once."""
+        if self._fused is None:
+            assert self.plan is not None, "only a pass has a shared forward"
+            hidden = self.part.get("hidden")
+            image = None
+            if self.plan.image:
+                image = self.image() if hidden is None else self._read_image(hidden)
+            see = self.plan.visibility(self.part, self._text_mask(), None if image is None else image.mask)
+            if "text_ids" in self.part:
+                text = self.model.half_text(self.part["text_ids"], self.part["text_mask"], see=see)
+            else:  # nothing in it is hidden and nobody's sight is limited
+                text = self.text("caption")
+            self._fused = self.model.fuse(text, image, see)
+            self.text_mask, self.image_mask = text.mask, None if image is None else image.mask
+        return self._fused
+
+    def _text_mask(self) -> Tensor | None:
+        return self.part["text_mask"] if "text_ids" in self.part else self.batch.get("caption_mask")
+
+    def cells(self) -> Tensor:
+        """(B, I, D): states of the regions, patches or grid cells alone, without class tokens."""
+        image = self.fused().image
+        assert image is not None
+        return image[:, getattr(self.model.image, "lead", 0):]
+
+    @property
+    def matched(self) -> Tensor:
+        """(B,) bool, False = the pass's sentence was swapped for another picture's."""
+        return self.part["matched"] if "matched" in self.part else torch.ones_like(self.batch["caption_real"])
+
+    def total(self, objective: Objective) -> Tensor:
+        """How many things the objective scores in an average micro-batch of the whole batch, over all ranks: what its
+        sum of losses is divided by, so that neither accumulation nor the number of ranks changes the loss."""
+        known = self.part.get("totals", {}).get(objective.key)
+        if known is not None:
+            return known.clamp(min=1e-6)
+        count = objective.count(self.part, self.batch)
+        assert count is not None, f"{objective.name} asks for a total it does not count"
+        return count.clamp(min=1)
 
 
 @dataclass
@@ -85,7 +145,11 @@ class Objective:
 
     name: ClassVar[str] = ""
     head: ClassVar[str] = ""  # which of heads.HEADS it reads
+    fused: ClassVar[bool] = False  # it reads the pass's shared forward
+    hides_cells: ClassVar[bool] = False  # it hides parts of the picture
+    stage: ClassVar[int] = 2  # of a row: 0 chooses the sentence, 1 swaps it for another's, 2 does neither
     known: ClassVar[dict[str, type[Objective]]] = {}
+    key: str = ""  # its name, or another where a pass has two of a kind
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -93,20 +157,96 @@ class Objective:
             Objective.known[cls.name] = cls
 
     def head_options(self) -> dict[str, Any]:
-        """Options of its head in `VLConfig.heads`."""
+        """Options of its head in `VLConfig.heads`, for a model that is composed; a preset has its own heads."""
         return {}
+
+    def head_for(self, text: Embedder, image: Embedder) -> dict[str, Any]:
+        """The same, where the head's sizes are those of the parts."""
+        return self.head_options()
 
     def check(self, model: VLModel) -> None:
         """Raises UserError when the model lacks a part this objective needs."""
         if self.head and self.head not in model.heads:
-            raise UserError(f"{self.name} needs the {self.head!r} head, and this model has {sorted(model.heads)}.")
+            raise UserError(f"{self.name} needs the {self.head!r} head, and this model has "
+                            f"{', '.join(sorted(model.heads)) or 'no heads'}.{who_has(self.head)}")  # fmt: skip
 
     def prepare(self, sample: dict[str, Any], row: Pair, index: int, draw: Drawer, rng: np.random.Generator) -> None:
-        """Data side: adds what this objective wants to `sample` (texts under `texts[name]`, tensors under their name).
-        `row` is the source's pair at `index`."""
+        """Data side, a row at a time: adds what this objective wants to `sample` (texts under `texts[name]`, tensors
+        under their name), or to `sample["part"]`, what the pass alone sees: its `text` starts as the caption. `row` is
+        the source's pair at `index`."""
+
+    def corrupt(self, part: Batch, rngs: list[np.random.Generator], processor: Processor) -> None:
+        """Data side, a batch at a time, after the words became numbers: hides what is to be guessed in `part`
+        (`text_ids`, `text_mask` (B, T), `text_words` (B, T) the number of each token's word, -1 = special or padding;
+        `cells` (B, I) bool, True = a real region or cell). One generator a row, so that a row's draw is its own."""
+
+    def visibility(self, part: Batch, text_mask: Tensor | None, image_mask: Tensor | None) -> Visibility | None:
+        """Who may see whom in the pass; None: everyone everyone."""
+        return None
+
+    def count(self, part: Batch, batch: Batch) -> Tensor | None:
+        """How many things it scores, a scalar known before the forward; None: it divides by rows and needs no total."""
+        return None
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         raise TypeError(f"{type(self).__name__} has to write its loss()")
+
+
+@dataclass
+class Pass:
+    """Objectives that share one forward: what one hides, all see hidden. `share`: how often the pass is drawn, where
+    passes are drawn. `image` False: words alone, without the picture (VL-BERT's books and Wikipedia)."""
+
+    objectives: list[tuple[Objective, float]]
+    share: float = 1.0
+    image: bool = True
+    name: str = ""  # before the names of what it logs, where two passes have an objective in common
+
+    def __post_init__(self) -> None:
+        seen: Counter[str] = Counter()
+        for objective, _ in self.objectives:
+            seen[objective.name] += 1
+            objective.key = objective.name if seen[objective.name] == 1 else f"{objective.name}{seen[objective.name]}"
+        limited = [o.name for o, _ in self.objectives if type(o).visibility is not Objective.visibility]
+        if len(limited) > 1:
+            raise UserError(f"{' and '.join(limited)} say who may see whom and cannot share one forward: give each a "
+                            "pass of its own.")  # fmt: skip
+
+    @property
+    def fused(self) -> bool:
+        return any(o.fused for o, _ in self.objectives)
+
+    @property
+    def corrupts(self) -> bool:
+        return any(type(o).corrupt is not Objective.corrupt for o, _ in self.objectives)
+
+    @property
+    def limits_sight(self) -> bool:
+        return any(type(o).visibility is not Objective.visibility for o, _ in self.objectives)
+
+    def in_stages(self) -> list[Objective]:
+        """Who chooses the sentence first, then who swaps it, then who asks for other texts."""
+        return sorted((o for o, _ in self.objectives), key=lambda o: o.stage)
+
+    def visibility(self, part: Batch, text_mask: Tensor | None, image_mask: Tensor | None) -> Visibility:
+        for objective, _ in self.objectives:
+            see = objective.visibility(part, text_mask, image_mask)
+            if see is not None:
+                return see
+        return everyone(text_mask, image_mask)
+
+    def totals(self, part: Batch, batch: Batch) -> dict[str, Tensor]:
+        """What each objective counts in this micro-batch, by its key."""
+        counts = {o.key: o.count(part, batch) for o, _ in self.objectives}
+        return {key: count.float() for key, count in counts.items() if count is not None}
+
+
+def who_has(head: str) -> str:
+    """" Systems that have it: ...", for an error; nothing when none has."""
+    from interlace.presets import PRESETS
+
+    systems = [name for name, line in PRESETS.items() if head in getattr(line.make(), "heads", {})]
+    return f" Systems that have it: {', '.join(systems)}." if systems else ""
 
 
 def build_objective(name: str, options: dict[str, Any]) -> Objective:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,30 +25,56 @@ class ITM(Objective):
       hard   for each text a wrong picture of the batch and for each picture a wrong text, drawn in proportion to
              exp(contrast similarity) (BLIP, arXiv:2201.12086, section 3.2). Needs itc; drawn within the micro-batch.
       both   the two together.
+      swap   in the pass's shared forward: a share `rate` of the rows reads another group's caption instead of its own,
+             hidden words and all (LXMERT, VisualBERT, UNITER: 0.5). Costs no forward of its own.
     A negative never comes from the row's own group. A batch that has nothing but one group has no hard negatives and
     scores its positives alone.
     """
 
     name = "itm"
     head = "match"
+    stage = 1
+    match: ClassVar[int] = 1  # the class that says "match"
 
-    def __init__(self, negatives: str = "drawn"):
-        if negatives not in ("drawn", "hard", "both"):
-            raise UserError(f"itm.negatives is drawn, hard or both; got {negatives!r}.")
-        self.negatives = negatives
+    def __init__(self, negatives: str = "drawn", rate: float = 0.5):
+        if negatives not in ("drawn", "hard", "both", "swap"):
+            raise UserError(f"{self.name}.negatives is drawn, hard, both or swap; got {negatives!r}.")
+        if not 0 < rate < 1:
+            raise UserError(f"{self.name}.rate is the share of swapped captions, above 0 and below 1; got {rate}.")
+        self.negatives, self.rate = negatives, rate
+        self.fused = negatives == "swap"  # type: ignore[misc]  # of an instance: the other modes fuse rows of their own
 
     def check(self, model: VLModel) -> None:
         super().check(model)
-        if self.negatives != "drawn" and "contrast" not in model.heads:
+        if self.negatives in ("hard", "both") and "contrast" not in model.heads:
             raise UserError("itm with hard negatives ranks them by contrast similarity: add the itc objective, or set "
                             "objectives.itm.negatives=drawn.")  # fmt: skip
 
     def prepare(self, sample, row, index, draw, rng) -> None:
+        if self.negatives == "swap":
+            other = draw.caption_of_another_group(row.group, rng) if rng.random() < self.rate else ""
+            sample["part"]["matched"] = torch.tensor(not other)
+            if other:
+                sample["part"]["text"] = other
+            return
         sample["texts"]["caption"] = row.caption
         if self.negatives != "hard":
             sample["texts"]["other"] = draw.caption_of_another_group(row.group, rng)
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
+        return self.swapped(model, batch, views) if self.negatives == "swap" else self.beside(model, batch, views)
+
+    def swapped(self, model: VLModel, batch: Batch, views: Views) -> Scored:
+        """The pass's own rows, some of whose sentences were swapped."""
+        out, real = views.fused(), views.part["text_real"]
+        logits = model.heads[self.head](out.pooled_text, out.pooled_image).float()  # (B, 2)
+        label = views.matched.long()
+        target = label if self.match == 1 else 1 - label
+        loss = (F.cross_entropy(logits, target, reduction="none") * real).sum() / len(real)
+        return Scored(loss, self.logs(logits.detach(), label, real.float(), loss))
+
+    def beside(self, model: VLModel, batch: Batch, views: Views) -> Scored:
+        """The true pairs, and wrong ones made of the same halves."""
         image, text, real = views.image(), views.text("caption"), batch["caption_real"]
         rows = torch.arange(views.size, device=real.device)
         texts, images, labels, weight = [text], [rows], [torch.ones_like(rows)], [real]
@@ -65,24 +93,25 @@ class ITM(Objective):
         for half in texts[1:]:
             joined = joined.join(half)
         out = model.fuse(joined, image.rows(torch.cat(images)))
-        logits = model.heads["match"](out.pooled_text, out.pooled_image).float()  # (2..4 B, 2)
+        logits = model.heads[self.head](out.pooled_text, out.pooled_image).float()  # (2..4 B, 2)
         label, scored = torch.cat(labels), torch.cat(weight).float()
         # each class weighs half, however many negatives there are to a positive: else "never a match" is a comfortable
         # answer. Divided by the rows there could have been, not by those that were: so the mean over micro-batches or
         # ranks is the mean over the whole batch
         scored = scored * torch.where(label == 1, 1.0, 1.0 / (len(labels) - 1))
-        loss = (F.cross_entropy(logits, label, reduction="none") * scored).sum() / (2 * len(rows))
+        target = label if self.match == 1 else 1 - label
+        loss = (F.cross_entropy(logits, target, reduction="none") * scored).sum() / (2 * len(rows))
         return Scored(loss, self.logs(logits.detach(), label, scored, loss))
 
-    @staticmethod
-    def logs(logits: Tensor, label: Tensor, scored: Tensor, loss: Tensor) -> dict[str, Tensor]:
-        said = logits.argmax(-1)
+    def logs(self, logits: Tensor, label: Tensor, scored: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        said = (logits.argmax(-1) == self.match).long()
         right = (said == label).float() * scored
         positive, negative = label * scored, (1 - label) * scored
         balanced = ((right * label).sum() / positive.sum().clamp(min=1)
                     + (right * (1 - label)).sum() / negative.sum().clamp(min=1)) / 2  # fmt: skip
         share = (said * scored).sum() / scored.sum().clamp(min=1)  # of a half and half mix: 0.5 when all is right
-        return {"itm": loss.detach(), "itm_accuracy": balanced, "itm_positive": share}
+        name = self.name
+        return {name: loss.detach(), f"{name}_accuracy": balanced, f"{name}_positive": share}
 
     def mine(self, model: VLModel, batch: Batch, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         """Row -> a wrong text (B,), a wrong image (B,), and whether there is one at all (B,)."""

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from interlace.errors import UserError
+from interlace.model import VLModel
+from interlace.objectives.base import Batch, Objective, Scored, Views
+
 PADDING = 1e4  # a divisor that leaves padding with next to no mass
 SMALLEST = 1e-5  # a state shorter than this counts as this long
 
@@ -46,3 +50,54 @@ def transport_distance(text: Tensor, image: Tensor, text_mask: Tensor, image_mas
 def alignment_loss(distance: Tensor, matched: Tensor) -> Tensor:
     """(B,), (B,) 1 = a true pair -> scalar: true pairs are drawn together, wrong ones pushed apart."""
     return torch.where(matched.bool(), distance, -distance).mean()
+
+
+class WRA(Objective):
+    """Words and regions of a true pair are cheap to carry onto each other, those of a wrong one dear.
+
+    Columns: image, caption. Hides: nothing. Sees: everyone sees everyone. Head: none; both streams have one width.
+    Wants `itm: {negatives: swap}` in its pass, else all pairs are true. Logs: wra, wra_matched and wra_swapped (mean
+    distances). The plan itself, for drawing: `transport_plan`.
+    """
+
+    name = "wra"
+    fused = True
+
+    def check(self, model: VLModel) -> None:
+        text, image = model.config.text.width.size, model.config.image.width.size
+        if text != image:
+            raise UserError(f"{self.name} compares words with regions, so both streams must have one width; the text "
+                            f"has {text}, the image {image}: use a single-stream system.")  # fmt: skip
+
+    def masks(self, model: VLModel, views: Views, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Who takes part: (B, T), (B, I) bool, padding out."""
+        words = torch.ones(text.shape[:2], device=text.device) if views.text_mask is None else views.text_mask
+        cells = torch.ones(image.shape[:2], device=image.device) if views.image_mask is None else views.image_mask
+        return words.bool(), cells.bool()
+
+    def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
+        out = views.fused()
+        assert out.text is not None and out.image is not None
+        distance = transport_distance(out.text, out.image, *self.masks(model, views, out.text, out.image))  # (B,)
+        matched = views.matched
+        loss = alignment_loss(distance, matched)
+        seen = distance.detach()
+        return Scored(loss, {
+            self.name: loss.detach(),
+            f"{self.name}_matched": (seen * matched).sum() / matched.sum().clamp(min=1),
+            f"{self.name}_swapped": (seen * ~matched).sum() / (~matched).sum().clamp(min=1),
+        })  # fmt: skip
+
+
+class WPA(WRA):
+    """The same with patches (ViLT, section 3.2): [CLS], [SEP] and the class token take no part."""
+
+    name = "wpa"
+
+    def masks(self, model: VLModel, views: Views, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        words, cells = super().masks(model, views, text, image)
+        words, cells = words.clone(), cells.clone()
+        words[torch.arange(len(words), device=words.device), words.sum(1) - 1] = False
+        words[:, 0] = False
+        cells[:, : getattr(model.image, "lead", 0)] = False
+        return words, cells

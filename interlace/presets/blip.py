@@ -16,6 +16,7 @@ from interlace.embed.patches import Patches
 from interlace.embed.words import Words
 from interlace.heads import HEADS
 from interlace.layers import IMAGE, READ, Width, norm
+from interlace.systems import BERT_WORDS, Parts, bert_start
 
 
 class Aligned(nn.Module):
@@ -84,6 +85,23 @@ def blip_vqa(layers: tuple[int, int] = (12, 12), ends: tuple[int, int] = (DEC, S
     """The question reads the image; the answer's decoder, which shares nothing, reads the question. Figure 5."""
     write = Decoder({"answer": [READ] * layers[0]}, "text", (), "", *ends)
     return blip(layers=layers, **{"pixels": 480, "heads": {}, "writes": write, **changes})
+
+
+def small(parts: Parts) -> VLConfig:
+    """At the size of the parts: the image encoder is the tower and one layer more, the text reads it from its first
+    layer on. [CLS] and [SEP] serve as the first and last word, for lack of [ENC] and [DEC] among the tower's words."""
+    width = parts.width()
+    seen = parts.width(norm="pre", eps=1e-6, dropout=0.0, attention_dropout=0.0)
+    write = Decoder({"write": [READ] * parts.layers}, "image", ("words", "attend_image", "ffn"), "fuse",
+                    parts.tokenizer.cls_token_id, parts.tokenizer.sep_token_id)  # fmt: skip
+    return VLConfig(text=parts.words(width=width, types=0, pool="first"), image=parts.cells(seen),
+                    segments={"image": [IMAGE], "close": [norm(stream="image")], "fuse": [READ] * parts.layers},
+                    heads={"contrast": {**CONTRAST}, "match": MATCH}, writes=write)  # fmt: skip
+
+
+def start(config: VLConfig) -> dict[str, Any]:
+    """BERT starts the text encoder, and the decoder's own self-attentions."""
+    return {**BERT_WORDS, **bert_start("schedule.fuse.{n}", attend="attend_self")}
 
 
 def tiny(make: Callable[..., VLConfig] = blip, **changes: Any) -> VLConfig:

@@ -21,6 +21,7 @@ from interlace.embed.regions import LXMERTRegions
 from interlace.embed.words import Words
 from interlace.heads import HEADS
 from interlace.layers import BOTH, IMAGE, TEXT, Width, co
+from interlace.systems import BERT_WORDS, Parts, bert_start
 from interlace.weights import bert_layer
 
 
@@ -72,6 +73,19 @@ def lxmert_vqa(answers: int = 3129, **changes: Any) -> VLConfig:
     config = lxmert(answers=answers, **changes)
     config.heads = {"answers": config.heads["answers"]}
     return config
+
+
+def small(parts: Parts) -> VLConfig:
+    """At the size of the parts; grid cells stand for regions. Of the layers the last third crosses."""
+    crossing = max(1, parts.layers // 3)
+    layers = parts.layers - crossing, max(1, crossing), crossing
+    return lxmert(parts.words(), parts.grid(LXMERTRegions), layers, 1, 1, 1)  # type: ignore[arg-type]
+
+
+def start(config: VLConfig) -> dict[str, Any]:
+    """The lines by which BERT starts it: the paper's option "from BERT", its own runs start from nothing."""
+    alone = len(config.segments["language"])
+    return {**BERT_WORDS, **bert_start("schedule.language.{n}"), **bert_start("schedule.cross.{2n+1}.text", alone)}
 
 
 def tiny(**changes: Any) -> VLConfig:

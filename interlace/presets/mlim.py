@@ -27,8 +27,10 @@ from interlace.embed.conv import Blocks
 from interlace.embed.words import Words
 from interlace.errors import UserError
 from interlace.heads import HEADS
+from interlace.heads.pixels import halving
 from interlace.layers import JOINT, Width
 from interlace.model import VLModel, VLOutput
+from interlace.systems import BERT_WORDS, Parts, bert_start
 from interlace.weights import Keys, Report, bert_layer, load_foreign
 
 
@@ -69,15 +71,30 @@ LARGE = Width(1024, heads=16)
 
 
 def decoder(image: Blocks, layers: int = 10) -> dict[str, Any]:
-    """The pixels head for this embedder: channels halve as often as the blocks' sides were halved, and 3x3
-    convolutions make up the number of layers. Raises UserError for blocks whose side is no power of two."""
+    """The pixels head for this embedder. Raises UserError for blocks whose side is no power of two."""
     doublings = round(math.log2(image.patch))
     if 2**doublings != image.patch:
         raise UserError(f"the decoder doubles cells to pixels, so a block's side must be a power of two; got "
                         f"{image.patch}, the product of the strides {image.strides}.")  # fmt: skip
-    up = [image.width.size >> n for n in range(1, 1 + doublings)]
-    return {"kind": "pixels", "grid": image.side, "up": up,
-            "smooth": [max(8, up[-1] // 2)] * (layers - len(up) - 1)}  # fmt: skip
+    return halving(image.width.size, image.side, doublings, layers)
+
+
+def small(parts: Parts) -> VLConfig:
+    """At the size of the parts: of seven convolutions as many have a stride as it takes to make blocks of `patch`
+    pixels. Raises UserError for a patch that is no power of two up to 128."""
+    patch = parts.what.patch
+    strided = patch.bit_length() - 1
+    if 2**strided != patch or not 0 < strided <= 7:
+        raise UserError(f"mlim halves a picture up to seven times, so model.patch is 2, 4, 8, ... or 128; got {patch}.")
+    layers = [2] * strided + [1] * (7 - strided)
+    image = Blocks(parts.width(), size=parts.what.size, strides=layers, kernels=list(layers),
+                   mask=parts.tokenizer.mask_token_id)  # fmt: skip
+    return mlim(text=parts.words(), image=image, layers=parts.layers)
+
+
+def start(config: VLConfig) -> Keys:
+    """The lines by which BERT starts it."""
+    return {**BERT_WORDS, **bert_start("schedule.joint.{n}")}
 
 
 # Both losses in one forward: a row hides most of its picture, most of its words, or a little of both
@@ -130,7 +147,7 @@ KEYS: Keys = {  # of the BERT it starts from; there is no release of its own
 FRESH = ("image.", "heads.pixels.", "heads.same.")  # no BERT has them
 
 
-def start(model: VLModel, tensors: Mapping[str, Tensor], prefix: str = "") -> Report:
+def load_bert(model: VLModel, tensors: Mapping[str, Tensor], prefix: str = "") -> Report:
     """Fills words, layers, pooler and word head with a BERT's weights (bert-large-uncased), under transformers' names.
     CNN, cells' positions and decoder keep their random ones. Raises UserError as `load_foreign` does."""
     return load_foreign(model, tensors, KEYS, prefix, FRESH)

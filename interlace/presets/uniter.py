@@ -16,6 +16,7 @@ from interlace.embed.regions import UNITERRegions
 from interlace.embed.words import Words
 from interlace.heads import HEADS
 from interlace.layers import JOINT, Width
+from interlace.systems import BERT_WORDS, Parts, bert_start
 from interlace.weights import Keys, bert_layer
 
 
@@ -41,6 +42,17 @@ def tiny(**changes: Any) -> VLConfig:
     return uniter(**{"text": Words(width, pool="tanh", vocabulary=99, positions=24),
                      "image": UNITERRegions(width, features=20), "segments": {"joint": [JOINT] * 2},
                      "heads": heads(99, features=20, classes=11), **changes})  # fmt: skip
+
+
+def small(parts: Parts) -> VLConfig:
+    """At the size of the parts; grid cells stand for regions."""
+    return uniter(text=parts.words(), image=parts.grid(UNITERRegions), segments={"joint": [JOINT] * parts.layers},
+                  heads=heads(parts.vocabulary, parts.channels, 1))  # fmt: skip
+
+
+def start(config: VLConfig) -> Keys:
+    """The lines by which BERT starts it, as in section 4.1."""
+    return {**BERT_WORDS, **bert_start("schedule.joint.{n}")}
 
 
 def heads(vocabulary: int, features: int, classes: int) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ from interlace.errors import UserError
 from interlace.heads import HEADS
 from interlace.layers import BOTH, IMAGE, TEXT, Width, co
 from interlace.schedule import Segments
+from interlace.systems import BERT_WORDS, Parts, bert_start
 from interlace.weights import bert_layer
 
 
@@ -101,6 +102,22 @@ def tiny(**changes: Any) -> VLConfig:
     regions = ViLBERTRegions(Width(48, heads=4, ffn=48), pool="relu", pool_size=48, features=20)
     segments = {"text": [TEXT] * 2, "cross": [co(inner=48, heads=2), BOTH] * 2}
     return vilbert(**{"text": words, "image": regions, "segments": segments, "classes": 11, **changes})
+
+
+def small(parts: Parts) -> VLConfig:
+    """At the size of the parts; grid cells stand for regions, after the whole picture. Half of the layers cross."""
+    width, crossing = parts.width(), max(1, parts.layers // 2)
+    pooled = {"pool": "relu", "pool_size": width.size}
+    segments = {"text": [TEXT] * (parts.layers - crossing), "cross": [co(), BOTH] * crossing}
+    labels = {"mlm": {"kind": "tied", "labels": parts.vocabulary}, "match": {"kind": "product", "labels": 2}}
+    return vilbert(text=parts.words(**pooled), image=parts.grid(ViLBERTRegions, whole=True, **pooled),
+                   segments=segments, heads=labels)  # fmt: skip
+
+
+def start(config: VLConfig) -> dict[str, Any]:
+    """The lines by which BERT starts its words' stream, as in section 3.2."""
+    alone = len(config.segments["text"])
+    return {**BERT_WORDS, **bert_start("schedule.text.{n}"), **bert_start("schedule.cross.{2n+1}.text", alone)}
 
 
 # Section 3.2 of ViLBERT: all summed in one forward. A mismatched pair scores words and regions too in the first paper,

@@ -13,6 +13,7 @@ from interlace.embed.vilt import ViLTPatches, ViLTWords
 from interlace.heads import HEADS
 from interlace.layers import JOINT, Width, norm
 from interlace.model import Half, VLModel
+from interlace.systems import BERT_WORDS, Parts
 
 
 class Verdict(nn.Module):
@@ -62,6 +63,19 @@ def vilt(width: Width | None = None, layers: int = 12, text: dict[str, Any] | No
 def tiny(**changes: Any) -> VLConfig:
     width = Width(32, heads=4, norm="pre", eps=1e-6, attention_dropout=0.0)
     return vilt(width, 2, {"vocabulary": 99, "positions": 16}, {"size": 32, "patch": 8}, **changes)
+
+
+def small(parts: Parts) -> VLConfig:
+    """At the size of the parts, from their pixels: no tower reads the picture."""
+    width = parts.width(norm="pre", eps=1e-6, attention_dropout=0.0)
+    return VLConfig(text=parts.words(ViLTWords, width=width), image=parts.patches(ViLTPatches, width=width),
+                    segments={"joint": [JOINT] * parts.layers, "close": [norm(shared=True)]},
+                    heads={"mlm": words(parts.vocabulary), "match": MATCH})  # fmt: skip
+
+
+def start(config: VLConfig) -> dict[str, Any]:
+    """BERT's words alone: the paper's layers start from a ViT's, and BERT's would not fit their norms."""
+    return dict(BERT_WORDS)
 
 
 # each task has a forward pass of its own; the losses are summed

@@ -19,6 +19,7 @@ from interlace.embed.regions import VisualBERTRegions
 from interlace.embed.words import Words
 from interlace.heads import HEADS
 from interlace.layers import JOINT, Width
+from interlace.systems import BERT_WORDS, Parts, bert_start
 from interlace.weights import Keys, bert_layer
 
 
@@ -39,6 +40,17 @@ def tiny(**changes: Any) -> VLConfig:
     return visual_bert(**{"text": Words(width, pool="tanh", vocabulary=99, positions=24),
                           "image": VisualBERTRegions(width, features=20, positions=24),
                           "segments": {"joint": [JOINT] * 2}, "heads": heads(99), **changes})  # fmt: skip
+
+
+def small(parts: Parts) -> VLConfig:
+    """At the size of the parts; grid cells stand for regions, which have no boxes here."""
+    return visual_bert(text=parts.words(), image=parts.grid(VisualBERTRegions, boxes=0),
+                       segments={"joint": [JOINT] * parts.layers}, heads=heads(parts.vocabulary))  # fmt: skip
+
+
+def start(config: VLConfig) -> Keys:
+    """The lines by which BERT starts it."""
+    return {**BERT_WORDS, **bert_start("schedule.joint.{n}")}
 
 
 def heads(vocabulary: int) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from interlace.config import VLConfig
 from interlace.embed.vl_bert import VLBERTRegions, VLBERTWords, meet
 from interlace.heads import HEADS
 from interlace.layers import JOINT, Width
+from interlace.systems import Parts, bert_start
 from interlace.weights import Keys, bert_layer
 
 
@@ -41,6 +42,23 @@ def tiny(**changes: Any) -> VLConfig:
     return vl_bert(**{"text": VLBERTWords(width, vocabulary=99), "image": VLBERTRegions(width, features=20, geometry=8),
                       "segments": {"meet": [meet(24)], "joint": [JOINT] * 2},
                       "heads": heads(99, classes=11), **changes})  # fmt: skip
+
+
+def small(parts: Parts) -> VLConfig:
+    """At the size of the parts; grid cells stand for regions, after the whole picture."""
+    width = parts.width()
+    words = VLBERTWords(width, vocabulary=parts.vocabulary, pad=parts.tokenizer.pad_token_id)
+    return vl_bert(text=words, image=parts.grid(VLBERTRegions, whole=True, geometry=64),
+                   segments={"meet": [meet()], "joint": [JOINT] * parts.layers},
+                   heads=heads(parts.vocabulary, 1))  # fmt: skip
+
+
+def start(config: VLConfig) -> Keys:
+    """The lines by which BERT starts it, as in section 3.2."""
+    words = {"embeddings.word_embeddings": "text.words", "embeddings.token_type_embeddings": "text.types",
+             "embeddings.position_embeddings": "schedule.meet.0.positions",
+             "embeddings.LayerNorm": "schedule.meet.0.norm"}  # fmt: skip
+    return {**words, **bert_start("schedule.joint.{n}")}
 
 
 def heads(vocabulary: int, classes: int) -> dict[str, dict[str, Any]]:

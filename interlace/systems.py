@@ -1,0 +1,235 @@
+"""A published system at the size of the parts at hand: words and layers start from a text tower of BERT's kind, grid
+cells of an image tower stand where the paper has regions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from interlace import towers
+from interlace.compose import Composition
+from interlace.config import VLConfig
+from interlace.data.processor import Augment, Processor
+from interlace.embed.grid import GridRegions
+from interlace.embed.patches import Patches
+from interlace.embed.regions import RegionEmbedder
+from interlace.embed.stem import ImageStem
+from interlace.embed.words import Words
+from interlace.errors import UserError
+from interlace.layers import Width
+from interlace.model import VLModel
+from interlace.objectives.base import Objective
+from interlace.weights import Keys, fitting_lines
+
+
+@dataclass
+class Parts:
+    """What a preset's `small(parts)` is made of."""
+
+    what: Composition
+    tokenizer: PreTrainedTokenizerBase
+    text: towers.Tower
+    image: towers.Tower | None
+
+    @property
+    def layers(self) -> int:
+        return self.what.layers
+
+    @property
+    def vocabulary(self) -> int:
+        return self.text.model.config.vocab_size
+
+    @property
+    def channels(self) -> int:
+        """Numbers per grid cell."""
+        assert self.image is not None
+        return self.image.hidden_size
+
+    @property
+    def starts(self) -> bool:
+        """The text tower's layers fit into this width."""
+        config = self.text.model.config
+        return config.model_type == "bert" and config.hidden_size == self.what.width
+
+    def width(self, **changes: Any) -> Width:
+        """As the text tower's where the sizes agree, so that its layers fit; post-norm, as BERT."""
+        sizes: dict[str, Any] = {"heads": self.what.heads, "dropout": self.what.dropout,
+                                 "attention_dropout": self.what.dropout}  # fmt: skip
+        if self.starts:
+            config = self.text.model.config
+            sizes |= {"heads": config.num_attention_heads, "ffn": config.intermediate_size}
+        return Width(self.what.width, **{**sizes, **changes})
+
+    def words(self, cls: type[Words] = Words, **changes: Any) -> Words:
+        config = self.text.model.config
+        width = changes.pop("width", None) or self.width()
+        given = {"vocabulary": config.vocab_size, "positions": config.max_position_embeddings,
+                 "pad": self.tokenizer.pad_token_id, "pool": "tanh"}  # fmt: skip
+        return cls(width, **{**given, **changes})
+
+    def grid(self, cls: type[RegionEmbedder], whole: bool = False, width: Width | None = None,
+             **changes: Any) -> GridRegions:  # fmt: skip
+        """Cells of the image tower, read by the paper's own embedder. `whole`: the whole picture first."""
+        width, tower = width or self.width(), self._tower()
+        spec, (rows, columns) = towers.pixel_spec(self.what.image), towers.grid_size(tower.model, self.what.size)
+        inner = cls(width, features=tower.hidden_size, **changes)
+        return GridRegions(width, pool=inner.pool, pool_size=inner.pool_size, tower=tower.model.config.to_dict(),
+                           regions=inner.to_dict(), size=self.what.size, rows=rows, columns=columns,
+                           prefix=tower.extras.prefix, channels=tower.hidden_size, whole=whole, mean=list(spec.mean),
+                           std=list(spec.std))  # fmt: skip
+
+    def cells(self, width: Width | None = None, **changes: Any) -> ImageStem:
+        """Cells of the image tower, projected, with positions: where the paper has a pre-trained image encoder."""
+        width, tower = width or self.width(), self._tower()
+        spec, (rows, columns) = towers.pixel_spec(self.what.image), towers.grid_size(tower.model, self.what.size)
+        given = {"pool": "mean", "tower": tower.model.config.to_dict(), "size": self.what.size, "cells": rows * columns,
+                 "prefix": tower.extras.prefix, "channels": tower.hidden_size, "mean": list(spec.mean),
+                 "std": list(spec.std)}  # fmt: skip
+        return ImageStem(width, **{**given, **changes})
+
+    def patches(self, cls: type[Patches] = Patches, **changes: Any) -> Patches:
+        width = changes.pop("width", None) or self.width()
+        return cls(width, **{"size": self.what.size, "patch": self.what.patch, **changes})
+
+    def _tower(self) -> towers.Tower:
+        if self.image is None:
+            raise UserError(f"{self.what.system} reads grid cells of an image tower: name one as model.image, for "
+                            "instance efficientnet-lite0.")  # fmt: skip
+        return self.image
+
+
+def bert_start(ours: str, after: int = 0, attend: str = "attend") -> dict[str, Any]:
+    """Lines that let BERT's layers from `after` on start ours: `ours` is the name of our layer {n}, or of the block in
+    it; `attend` that of its self-attention."""
+    theirs = f"encoder.layer.{{n+{after}}}" if after else "encoder.layer.{n}"
+    return {
+        f"{theirs}.attention.self": f"{ours}.{attend}",
+        f"{theirs}.attention.output.dense": f"{ours}.{attend}.out",
+        f"{theirs}.attention.output.LayerNorm": f"{ours}.{attend}.norm",
+        f"{theirs}.intermediate.dense": f"{ours}.ffn.up",
+        f"{theirs}.output.dense": f"{ours}.ffn.down",
+        f"{theirs}.output.LayerNorm": f"{ours}.ffn.norm",
+    }
+
+
+BERT_WORDS: Keys = {
+    "embeddings.word_embeddings": "text.words",
+    "embeddings.position_embeddings": "text.positions",
+    "embeddings.token_type_embeddings": "text.types",
+    "embeddings.LayerNorm": "text.norm",
+    "pooler.dense": "poolers.text.dense",
+}
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, tensors: Mapping[str, Tensor], keys: Keys) -> list[str]:
+    """Copies every tensor that a line of `keys` sends to one of the model's of the same shape; the rest keep their
+    initial values. Returns our names."""
+    state, filled = model.state_dict(), []
+    for name, tensor in tensors.items():
+        for line in fitting_lines(name, keys):
+            names = line.ours
+            if not all(ours in state for ours in names):
+                continue
+            try:
+                parts = line.load(tensor, [state[ours].shape for ours in names])
+            except ValueError:
+                continue
+            for ours, part in zip(names, parts):
+                state[ours].copy_(part)
+                filled.append(ours)
+    return filled
+
+
+def build_system(what: Composition, objectives: list[Objective], augment: Augment | None = None,
+                 model_class: type[VLModel] = VLModel) -> tuple[VLModel, Processor]:  # fmt: skip
+    """The preset `what.system` at the size that `what` says, with the heads that the objectives ask for, and its
+    processor. Raises UserError for an unknown system, or parts that do not fit."""
+    from interlace.presets import preset
+
+    line, _ = preset(what.system)
+    if not hasattr(line.module, "small"):
+        raise UserError(f"{what.system} has no small form that these parts could fill.")
+    tokenizer = towers.load_tokenizer(what.text)
+    image = None if what.image == "patches" else towers.load_tower(what.image, "image")
+    parts = Parts(what, tokenizer, towers.load_tower(what.text, "text"), image)
+    config: VLConfig = line.module.small(parts)
+    config.heads = asked_heads(config, objectives, line.module)
+    model = model_class(config)
+    if image is not None and (tower := getattr(model.image, "tower", None)) is not None:
+        cast(nn.Module, tower).load_state_dict(image.model.state_dict())
+        if isinstance(config.image, ImageStem):
+            cast(Any, model.image).start()
+    started = start_from(model, parts.text.model.state_dict(), line.module.start(config)) if parts.starts else []
+    if "answers" in model.heads and hasattr(model.heads["answers"], "start"):
+        cast(Any, model.heads["answers"]).start()
+    model.started = tuple(started)
+    print(_what_started(what, parts, started))
+    return model, small_processor(what, config, tokenizer, augment or Augment())
+
+
+def asked_heads(config: VLConfig, objectives: list[Objective], module: Any = None) -> dict[str, dict[str, Any]]:
+    """The heads the objectives read: the paper's own where it has one, with the number of answers of this data."""
+    heads: dict[str, dict[str, Any]] = {}
+    for objective in objectives:
+        name = objective.head
+        if not name:
+            continue
+        wanted = objective.head_for(config.text, config.image)
+        own = config.heads.get(name)
+        if own is None and name == "answers" and hasattr(module, "answers"):
+            own = module.answers(wanted["labels"], config.text.width.size)
+        if own is not None and name == "answers":
+            own = {**own, "labels": wanted["labels"]}
+        heads[name] = wanted if own is None else own
+    return heads
+
+
+def _what_started(what: Composition, parts: Parts, started: list[str]) -> str:
+    if not started:
+        config = parts.text.model.config
+        return (f"{what.system} starts from random weights: {what.text} is {config.hidden_size} wide "
+                f"({config.model_type}), the model {what.width}")  # fmt: skip
+    return f"{what.system}: {len(started)} tensors start from {what.text}"
+
+
+def small_processor(what: Composition, config: VLConfig, tokenizer: Any, augment: Augment) -> Processor:
+    limit = getattr(config.text, "positions", None) or tokenizer.model_max_length
+    if what.max_length > limit:
+        raise UserError(f"model.max_length is {what.max_length}, but {what.system} has {limit} positions here.")
+    pixels = cast(Any, config.image)
+    return Processor(tokenizer, pixels.size, list(getattr(pixels, "mean", (0.0,) * 3)),
+                     list(getattr(pixels, "std", (1.0,) * 3)), what.fit, what.max_length, augment)  # fmt: skip
+
+
+def build_from_run(what: Composition, objectives: list[Objective], augment: Augment | None = None,
+                   model_class: type[VLModel] = VLModel) -> tuple[VLModel, Processor]:  # fmt: skip
+    """The model of a finished run, to go on from: its parts, its processor, and of its heads those that the objectives
+    ask for again. Heads it does not have start anew. Raises UserError for a folder that is no run."""
+    from safetensors.torch import load_file
+
+    from interlace.presets import PRESETS
+    from interlace.run import WEIGHTS, Run
+
+    before = Run.load(Path(what.start), device="cpu")
+    config = VLConfig.from_dict(before.model.config.to_dict())
+    system = before.facts.get("system", "")
+    module = PRESETS[system].module if system in PRESETS else None
+    config.heads = asked_heads(config, objectives, module)
+    model = model_class(config)
+    state = model.state_dict()
+    kept = {name: value for name, value in load_file(before.folder / WEIGHTS).items()
+            if name in state and state[name].shape == value.shape}  # fmt: skip
+    model.load_state_dict(kept, strict=False)
+    fresh = sorted({".".join(name.split(".")[:2]) for name in state if name not in kept})
+    print(f"starts from the run {what.start}: {len(kept)} tensors" + (f"; new: {', '.join(fresh)}" if fresh else ""))
+    processor = before.processor
+    if augment is not None:
+        processor.augment = augment
+    return model, processor
