@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,3 +44,11 @@ class Pixels(nn.Module):
         for n, layer in enumerate(self.layers):
             x = layer(torch.relu(x) if n else x)
         return torch.sigmoid(x)
+
+
+def halving(width: int, grid: int, doublings: int, layers: int = 10) -> dict[str, Any]:
+    """Options of this head for states `width` wide: channels halve as often as the side doubles, and 3x3 convolutions
+    make up the number of layers."""
+    up = [max(1, width >> n) for n in range(1, 1 + doublings)]
+    wide = max(8, (up[-1] if up else width) // 2)
+    return {"kind": "pixels", "grid": grid, "up": up, "smooth": [wide] * max(0, layers - doublings - 1)}

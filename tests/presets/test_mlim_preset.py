@@ -93,7 +93,7 @@ def test_it_starts_as_bert(names):
         tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
     model = VLModel(mlim.tiny()).eval()
     before = model.image.positions.weight.clone()
-    report = mlim.start(model, tensors)
+    report = mlim.load_bert(model, tensors)
     assert all(name.startswith(("image.", "heads.pixels.")) for name in report.fresh)
     assert {n for n in report.dropped if "position_ids" not in n} == {"cls.seq_relationship.weight",
                                                                       "cls.seq_relationship.bias"}  # fmt: skip

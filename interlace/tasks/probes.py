@@ -1,0 +1,217 @@
+"""Does one modality help to guess the other? The two probes of MLIM (Arici et al. 2021, arXiv:2109.12178): hidden words
+beside the true picture, another one or none, and a hidden picture beside the true text, another one or none.
+
+What is hidden of a row depends on the seed and the row alone, so the conditions of a probe differ in nothing but what
+stands beside, and their difference can be tested in pairs (`paired_difference`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from interlace.data.pictures import BadPicture, open_picture
+from interlace.errors import UserError, suggest
+from interlace.evaluate import sample_rows, shuffled
+from interlace.objectives.mlm import word_logits
+from interlace.objectives.modality_masking import check_hiding, hide_slots
+from interlace.objectives.reconstruct import picture, pixel_losses
+from interlace.run import Run, chunks
+from interlace.tasks.uncertainty import Difference, Interval, bootstrap_interval, paired_difference
+
+if TYPE_CHECKING:
+    from interlace.data.rows import Pair, Source
+
+IMAGES, TEXTS = ("paired", "random", "blank"), ("paired", "random", "empty")
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One condition. `values` (N,): each row's loss, in the order of `rows`, its positions in the source."""
+
+    interval: Interval  # of the mean; rows of a group are drawn together
+    values: np.ndarray
+    rows: np.ndarray
+    groups: list[str]
+
+    @property
+    def mean(self) -> float:
+        return self.interval.mean
+
+
+def mlm_loss(run: Run, source: Source, split: str = "test", image: str = "paired", rate: float = 0.8,
+             limit: int = 2000, seed: int = 0) -> Probed:  # fmt: skip
+    """Cross-entropy of hidden words, of each row the mean. `image`: beside them stands their own picture ("paired"),
+    that of another group ("random"), or white ("blank"). `rate`: share of the words hidden, at least one; the paper's
+    heavy text by default. Rows without a caption are left out. Raises UserError when the run has no word head."""
+    _known(image, IMAGES, "image")
+    _needs(run, "mlm", "mam or mlm")
+    rows = _rows(run, source, split, limit)
+    beside = rows.pictures if image != "random" else [rows.pictures[n] for n in shuffled(rows.groups, seed)]
+    white = Image.new("RGB", (run.processor.size,) * 2, "white")
+    values = []
+    for places in chunks(range(len(rows.pairs)), 32):
+        shown = [white if image == "blank" else _open(beside[n], run) for n in places]
+        tokens = run.processor.tokens([rows.pairs[n].caption for n in places])
+        ids, hidden = tokens["text_ids"], torch.zeros_like(tokens["text_ids"], dtype=torch.bool)
+        for at, n in enumerate(places):
+            hidden[at] = _hide(tokens["text_words"][at] >= 0, rate, rows, n, seed)
+        values.append(word_values(run, ids, tokens["text_mask"], hidden, run.processor.pictures(shown)))
+    return rows.probed(values)
+
+
+def recon_loss(run: Run, source: Source, split: str = "test", text: str = "paired", rate: float = 0.8,
+               limit: int = 2000, seed: int = 0, channels: str = "sum") -> Probed:  # fmt: skip
+    """Squared error of the picture that is drawn again, of each row the mean over its pixels (`channels`: their sum or
+    mean). `text`: beside it stands its own caption ("paired"), that of another group ("random"), or none ("empty").
+    `rate`: share of the cells hidden, at least one; the paper's heavy image by default. Rows without a caption are left
+    out. Raises UserError when the run has no pixels head, or its image part can hide no cells."""
+    _known(text, TEXTS, "text")
+    _needs(run, "pixels", "recon")
+    check_hiding("recon_loss", run.model)
+    rows = _rows(run, source, split, limit)
+    said = [pair.caption for pair in rows.pairs]
+    if text == "random":
+        said = [said[n] for n in shuffled(rows.groups, seed)]
+    elif text == "empty":
+        said = [""] * len(said)
+    values = []
+    for places in chunks(range(len(rows.pairs)), 32):
+        pixels = run.processor.pictures([_open(rows.pictures[n], run) for n in places])
+        hidden = torch.stack([_hide(_cells(run), rate, rows, n, seed) for n in places])
+        ids, mask = run.processor.texts([said[n] for n in places])
+        values.append(picture_values(run, ids, mask, hidden, pixels, channels))
+    return rows.probed(values)
+
+
+def probe(run: Run, source: Source, split: str = "test", rate: float = 0.8, limit: int = 2000,
+          seed: int = 0) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Both probes, as far as the run's heads allow: {"mlm_loss": {"paired": {"value", "low", "high", "rows"}, "random":
+    {..., "difference", "difference_low", "difference_high", "p"}, "blank": ...}, "recon_loss": ...}. A difference is
+    that condition minus paired, on the same rows; above 0: the true partner helps."""
+    out: dict[str, dict[str, Any]] = {}
+    for name, head, measure, conditions in (("mlm_loss", "mlm", mlm_loss, IMAGES),
+                                            ("recon_loss", "pixels", recon_loss, TEXTS)):  # fmt: skip
+        if head not in run.model.heads:
+            continue
+        found = {c: cast(Any, measure)(run, source, split, c, rate, limit, seed) for c in conditions}
+        out[name] = {c: _plain(one, found["paired"] if c != "paired" else None) for c, one in found.items()}
+    return out
+
+
+def difference(other: Probed, paired: Probed) -> Difference:
+    """How much more the loss is beside the other partner, on the same rows, with its interval and p value. Raises
+    ValueError when the two were not measured on the same rows."""
+    if not np.array_equal(other.rows, paired.rows):
+        raise ValueError("the two conditions were measured on different rows: take one split, limit and seed")
+    return paired_difference(other.values, paired.values, groups=paired.groups)
+
+
+def _plain(one: Probed, paired: Probed | None) -> dict[str, float]:
+    out = {"value": one.interval.mean, "low": one.interval.low, "high": one.interval.high, "rows": one.interval.values}
+    if paired is not None:
+        more = difference(one, paired)
+        out |= {"difference": more.mean, "difference_low": more.low, "difference_high": more.high, "p": more.p}
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- a batch
+
+
+@torch.inference_mode()
+def word_values(run: Run, ids: Tensor, mask: Tensor, hidden: Tensor, pixels: Tensor) -> np.ndarray:
+    """Whole words (B, T), their mask, which are hidden (B, T) bool, and pixels (B, 3, S, S) -> (B,): the mean
+    cross-entropy of each row's hidden words, nan where none is."""
+    model, device = run.model, run.model.device
+    ids, mask, hidden = ids.to(device), mask.to(device), hidden.to(device)
+    text = model.half_text(ids.masked_fill(hidden, run.processor.mask_id), mask)
+    states = model.fuse(text, model.half_image(pixels.to(device))).text
+    assert states is not None
+    losses = F.cross_entropy(word_logits(model, states[hidden]), ids[hidden], reduction="none")
+    per_row = torch.zeros(ids.shape, device=device).masked_scatter_(hidden, losses).sum(1) / hidden.sum(1)  # 0/0 = nan
+    return per_row.double().cpu().numpy()
+
+
+@torch.inference_mode()
+def picture_values(run: Run, ids: Tensor, mask: Tensor, hidden: Tensor, pixels: Tensor,
+                   channels: str = "sum") -> np.ndarray:  # fmt: skip
+    """Words (B, T), their mask, which cells are hidden (B, I) bool, and pixels (B, 3, S, S) -> (B,): each picture's
+    error."""
+    model, device = run.model, run.model.device
+    pixels = pixels.to(device)
+    out = model.fuse(model.half_text(ids.to(device), mask.to(device)),
+                     model.half_image(pixels, hidden=hidden.to(device)))  # fmt: skip
+    drawn = model.heads["pixels"](out.image).float()
+    return pixel_losses(drawn, picture(model, pixels).float(), channels).double().cpu().numpy()
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass
+class _Rows:
+    pairs: list[Pair]
+    rows: np.ndarray
+    pictures: list[Any]
+
+    @property
+    def groups(self) -> list[str]:
+        return [pair.group for pair in self.pairs]
+
+    def probed(self, values: list[np.ndarray]) -> Probed:
+        joined = np.concatenate(values)
+        return Probed(bootstrap_interval(joined, groups=self.groups), joined, self.rows, self.groups)
+
+
+def _rows(run: Run, source: Source, split: str, limit: int) -> _Rows:
+    """The split's rows with a caption and a picture that can be read, at most `limit`."""
+    kept = list(_readable(run, source, sample_rows(np.asarray(source.indices(split)), limit)))
+    if not kept:
+        raise UserError(f"{source.name} has no row with a caption and a readable picture in its {split!r} split.")
+    pairs = [pair for _, pair in kept]
+    return _Rows(pairs, np.array([row for row, _ in kept]), [pair.picture for pair in pairs])
+
+
+def _readable(run: Run, source: Source, rows: np.ndarray) -> Iterator[tuple[int, Pair]]:
+    for row in rows:
+        pair = source.pair(int(row))
+        if not pair.caption.strip():
+            continue
+        try:
+            open_picture(pair.picture, size_hint=run.processor.size)
+        except BadPicture:
+            continue
+        yield int(row), pair
+
+
+def _open(ref: Any, run: Run) -> Image.Image:
+    return open_picture(ref, size_hint=run.processor.size)
+
+
+def _hide(may: Tensor, rate: float, rows: _Rows, place: int, seed: int) -> Tensor:
+    rng = np.random.default_rng([seed, int(rows.rows[place])])
+    return torch.from_numpy(hide_slots(may.numpy(), rate, rng))
+
+
+def _cells(run: Run) -> Tensor:
+    """(I,) bool: which cells of a picture may be hidden."""
+    spec: Any = run.model.config.image
+    cells = spec.cells if hasattr(spec, "cells") else (spec.size // spec.patch) ** 2
+    return torch.tensor([False] * getattr(spec, "whole", False) + [True] * cells)
+
+
+def _known(given: str, choices: tuple[str, ...], name: str) -> None:
+    if given not in choices:
+        raise UserError(f"{name} is {', '.join(choices)}; got {given!r}.{suggest(given, choices)}")
+
+
+def _needs(run: Run, head: str, objective: str) -> None:
+    if head not in run.model.heads:
+        raise UserError(f"the run in {run.folder} has no {head} head: train it with the {objective} objective.")
