@@ -321,8 +321,11 @@ def load(source: str | Path, name: str) -> Converted:
             words = tensors[f"{prefix}vilt.embeddings.text_embeddings.word_embeddings.weight"]
             tensors[f"{prefix}mlm_score.decoder.weight"] = words
             config.heads["mlm"]["labels"] = len(words)
+    fresh: tuple[str, ...] = getattr(line.module, "FRESH", ())  # of a system that has no release, and starts from BERT
+    config.heads |= {head: options for head, options in make().heads.items() if f"heads.{head}." in fresh}
+    if table == "HF_KEYS" and line.system == "BLIP":
+        fresh = ("heads.contrast.temperature",)
     model = VLModel(config)
-    fresh = ("heads.contrast.temperature",) if table == "HF_KEYS" and line.system == "BLIP" else ()
     return Converted(model, load_foreign(model, tensors, keys, prefix, fresh), table, prefix)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import BertConfig, BertForPreTraining
 
+from interlace.cli import main
 from interlace.embed.conv import Blocks
 from interlace.errors import UserError
 from interlace.layers import Width
@@ -109,6 +110,23 @@ def test_it_starts_as_bert(names):
     torch.testing.assert_close(logits[real], expected.prediction_logits[real], atol=1e-4, rtol=1e-5)
     pooled = theirs.bert(ids, attention_mask=mask).pooler_output
     torch.testing.assert_close(out.pooled_text, pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_of_bert_is_converted(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12,
+             "intermediate_size": 96, "max_position_embeddings": 24}  # fmt: skip
+    theirs = BertForPreTraining(BertConfig(**sizes)).eval()
+    theirs.save_pretrained(tmp_path / "bert")
+    assert main(["convert", str(tmp_path / "bert"), str(tmp_path / "ours"), "--preset", "mlim_base"]) == 0
+    assert "at their initial values: image.convs.0.weight" in capsys.readouterr().out.replace("\n", " ")
+    model = VLModel.from_pretrained(tmp_path / "ours").eval()
+    assert set(model.heads) == {"mlm", "pixels"} and model.heads["pixels"].size == 224
+    ids = batch()[0]
+    with torch.no_grad():
+        expected = theirs(ids).prediction_logits
+        got = model.heads["mlm"](model.fuse(model.half_text(ids), None).text, model.text.words.weight)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- the CNN
