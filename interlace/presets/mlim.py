@@ -118,7 +118,7 @@ class PairOfItems(nn.Module):
 
 
 HEADS["mlim_same"] = PairOfItems
-SAME: dict[str, Any] = {"kind": "mlim_same"}  # mlim(heads={"same": SAME})
+ITEMS: dict[str, Any] = {"kind": "mlim_same"}  # mlim(heads={"same": ITEMS})
 
 
 def compare(model: VLModel, first: VLOutput, second: VLOutput) -> Tensor:

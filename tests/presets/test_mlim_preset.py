@@ -293,7 +293,7 @@ def test_eight_pairs_are_learned_by_heart():
 @pytest.fixture
 def items():
     torch.manual_seed(0)
-    return VLModel(mlim.tiny(heads={"same": mlim.SAME})).eval()
+    return VLModel(mlim.tiny(heads={"same": mlim.ITEMS})).eval()
 
 
 def test_pairs_of_items(items):
