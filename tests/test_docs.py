@@ -39,7 +39,7 @@ from interlace.streams import Streams, everyone
 from interlace.towers import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/systems").glob("*.md")])
 # written by whoever measures, so a working copy may not have them yet
 MEASURED: set[str] = set()
 
