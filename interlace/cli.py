@@ -402,7 +402,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("draw", draw_figure, "a model's figure: who reads whom, where the streams meet, what each part costs")
     sub.add_argument("what", help="a preset (interlace list), a run folder, or a recipe")
     sub.add_argument("--out", metavar="FILE.svg", help="write the figure as SVG, too")
-    sub.add_argument("--words", type=int, default=16, help="length of the text whose multiply-adds are counted")
+    sub.add_argument("--words", type=int, default=16, help="length of the text whose FLOPs are counted")
     sub.add_argument("--cells", type=int, default=0, help="length of the image stream (default: the model's own)")
 
     sub = verb("extract", extract_regions, "features and boxes of a source's pictures, for models that read regions")
