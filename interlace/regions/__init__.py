@@ -9,7 +9,7 @@ from interlace.regions.arrays import BadRegions, RegionArrays, check_regions, wi
 from interlace.regions.base import RegionSource
 from interlace.regions.collate import collate_regions, to_regions
 from interlace.regions.extract import ExtractReport, extract
-from interlace.regions.open import open_regions
+from interlace.regions.open import extractor_of, open_regions
 from interlace.regions.store import RegionStore
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "check_regions",
     "collate_regions",
     "extract",
+    "extractor_of",
     "open_regions",
     "to_regions",
     "with_whole",

@@ -17,12 +17,14 @@ from interlace.regions.arrays import BadRegions, RegionArrays
 if TYPE_CHECKING:
     from interlace.data.rows import Source
 
+# of an extractor's facts those that are for people, or to make it again: they do not change what comes out
+APART = ("name", "classes", "asked_size")
 EXTRACTOR = "extractor.json"  # beside features made elsewhere: what made them, in your words
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
     """Of an extractor: equal where weights, size, fit and settings are. Names and places do not count."""
-    plain = {name: value for name, value in facts.items() if name not in ("name", "classes")}
+    plain = {name: value for name, value in facts.items() if name not in APART}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -98,4 +100,5 @@ class RegionSource:
 
 def describe(facts: dict[str, Any]) -> str:
     """One line for people."""
-    return ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("classes", "mean", "std"))
+    long = ("classes", "asked_size", "mean", "std")
+    return ", ".join(f"{name} {value}" for name, value in facts.items() if name not in long)

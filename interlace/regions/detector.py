@@ -69,7 +69,7 @@ class DetectorExtractor:
         self.hint = max(1, *(int(side) for name, side in settings["size"].items() if name != "longest_edge"), 1)
         self.facts: dict[str, Any] = {
             "kind": "detector", "name": str(folder), "detector": model.config.model_type, "weights": digest(model),
-            "regions": regions, "pixels": settings,
+            "regions": regions, "pixels": settings, "asked_size": size,
             "classes": [str(model.config.id2label[n]) for n in range(self.classes)]}  # fmt: skip
         probe = self([Image.new("RGB", (64, 48), "grey")])[0]  # its outputs are looked at before the first picture
         self.features_size, self.beliefs_size = probe.features.shape[1], self.classes + 1

@@ -1,11 +1,13 @@
-"""Looks at what a path is and opens the regions in it."""
+"""Looks at what a path is and opens the regions in it; makes an extractor again from what a store says of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from interlace.errors import UserError
-from interlace.regions.base import RegionSource
+from interlace.regions.base import RegionSource, fingerprint
+from interlace.regions.extract import Extractor
 from interlace.regions.lmdb_file import RegionLMDB
 from interlace.regions.npz import NpzFolder
 from interlace.regions.store import STORE, RegionStore
@@ -35,3 +37,25 @@ def open_regions(path: str | Path, regions: int | None = None) -> RegionSource:
         raise UserError(f"{path} is a pickle, which can run any program, and is not read. Write its arrays as a folder "
                         "of .npz files (features, boxes, width, height), one per picture.")  # fmt: skip
     raise UserError(f"{path} is not a form of regions that is read; expected {FORMS}.")
+
+
+def extractor_of(facts: dict[str, Any], device: str | None = None) -> Extractor:
+    """The extractor with these facts (`RegionSource.facts`), for pictures that came after: a query, an upload.
+
+    Raises UserError when its tower or detector is not where it was, or is another by now, and for features that were
+    made elsewhere.
+    """
+    from interlace.regions.detector import DetectorExtractor
+    from interlace.regions.grid import GridExtractor
+
+    made: Extractor
+    if facts.get("kind") == "grid":
+        made = GridExtractor(facts["name"], facts["size"], facts["fit"], device)
+    elif facts.get("kind") == "detector":
+        made = DetectorExtractor(facts["name"], facts["regions"], facts["asked_size"], device)
+    else:
+        raise UserError("these features were made elsewhere: there is nothing here to make those of another picture.")
+    if (now := fingerprint(made.facts)) != (then := fingerprint(facts)):
+        raise UserError(f"{facts['name']} is not what it was: expected fingerprint {then}, got {now}. Put its former "
+                        "weights and settings back, or extract and train again.")  # fmt: skip
+    return made

@@ -1,5 +1,7 @@
 """Cells of towers: their boxes are parts of the original picture, whatever was done to make it square."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ from PIL import Image
 
 from interlace.data.processor import Processor
 from interlace.errors import UserError
+from interlace.regions import extractor_of
+from interlace.regions.detector import DetectorExtractor
 from interlace.regions.grid import GridExtractor, cells
 from interlace.towers import grid_tokens, load_tower, pixel_spec
-from tests.regions.makers import photograph, write_vit
+from tests.regions.makers import photograph, write_vit, write_yolos
 
 SIZES = [(96, 48), (48, 96), (64, 64), (301, 70), (70, 301), (37, 41)]
 
@@ -36,6 +40,13 @@ def test_padding_is_no_region():
     keep, boxes = cells(100, 50, 64, "pad", (4, 4))  # the picture fills the two rows in the middle
     assert keep.reshape(4, 4).tolist() == [[False] * 4, [True] * 4, [True] * 4, [False] * 4]
     assert boxes[0].tolist() == [0, 0, 0.25, 0.5] and boxes[-1].tolist() == [0.75, 0.5, 1, 1]
+
+
+def test_a_cell_that_is_mostly_padding_is_no_region():
+    keep, boxes = cells(100, 60, 64, "pad", (4, 4))  # 38 of 64 rows: 3 pixels of each outer cell
+    assert keep.reshape(4, 4).all(1).tolist() == [False, True, True, False]
+    keep, boxes = cells(100, 75, 64, "pad", (4, 4))  # 48 of 64 rows: half of each outer cell
+    assert keep.all() and np.allclose(boxes[0], [0, 0, 0.25, 1 / 6]) and np.allclose(boxes[-1], [0.75, 5 / 6, 1, 1])
 
 
 def test_a_crop_has_its_cells_within_the_picture():
@@ -84,3 +95,17 @@ def test_the_fingerprint_is_of_all_that_decides_the_numbers(vit, tmp_path):
     other.save_pretrained(tmp_path / "trained")
     others = [GridExtractor(vit, 48), GridExtractor(vit, fit="crop"), GridExtractor(tmp_path / "trained")]
     assert len({same, *(one.fingerprint for one in others)}) == 4
+
+
+def test_an_extractor_is_made_again_from_its_facts(vit, tmp_path):
+    made = GridExtractor(vit, 48, "crop")
+    again = extractor_of(json.loads(json.dumps(made.facts)))
+    picture = photograph(70, 40)
+    assert again.fingerprint == made.fingerprint
+    assert np.array_equal(again([picture])[0].features, made([picture])[0].features)
+    yolos = DetectorExtractor(write_yolos(tmp_path / "yolos"), 4, size=48)
+    assert np.array_equal(extractor_of(yolos.facts)([picture])[0].boxes, yolos([picture])[0].boxes)
+    with pytest.raises(UserError, match="is not what it was"):
+        extractor_of(made.facts | {"weights": "others"})
+    with pytest.raises(UserError, match="made elsewhere"):
+        extractor_of({"kind": "given"})
