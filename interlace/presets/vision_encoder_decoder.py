@@ -61,6 +61,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from interlace import towers
 from interlace.errors import UserError, first_line
+from interlace.loading import LoadedWhole
 from interlace.progress import say
 from interlace.towers import PixelSpec, build_tower, load_tokenizer, load_tower, pixel_spec, resolve_tower, tower_config
 
@@ -111,7 +112,7 @@ def _first(*numbers: int | None) -> int | None:
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-class CaptionModel(VisionEncoderDecoderModel):
+class CaptionModel(LoadedWhole, VisionEncoderDecoderModel):
     """transformers' VisionEncoderDecoderModel with one contract for its ids; its folders are read by either class.
 
     All tokens of the vision tower, (B, I, C), are projected to the text's width where the two differ
