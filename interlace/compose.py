@@ -49,7 +49,7 @@ def compose(what: Composition, objectives: list[Objective], augment: Augment | N
             model_class: type[VLModel] = VLModel) -> tuple[VLModel, Processor]:  # fmt: skip
     """The model with pre-trained towers, and its processor. Raises UserError for towers or sizes that do not fit."""
     tokenizer = towers.load_tokenizer(what.text)
-    config, image, text = _config(what, objectives)
+    config, image, text = configure(what, objectives)
     model = model_class(config)
     words = cast(TextTower, model.text)
     words.tower.load_state_dict(text.model.state_dict())
@@ -67,7 +67,9 @@ def compose(what: Composition, objectives: list[Objective], augment: Augment | N
     return model, _processor(what, config, tokenizer, augment or Augment())
 
 
-def _config(what: Composition, objectives: list[Objective]) -> tuple[VLConfig, towers.Tower | None, towers.Tower]:
+def configure(what: Composition, objectives: list[Objective]) -> tuple[VLConfig, towers.Tower | None, towers.Tower]:
+    """The configuration that `compose` builds, and the towers whose weights go into it: image (None for patches) and
+    text. Raises UserError as `compose` does."""
     if what.width % what.heads:
         raise UserError(f"model.width {what.width} does not divide into model.heads {what.heads}.")
     # pre-norm: the residual stream carries the towers' own features to the end from the first step on

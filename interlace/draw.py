@@ -28,8 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from interlace.config import VLConfig
 from interlace.embed.patches import Patches
 from interlace.embed.regions import RegionEmbedder, Regions
-from interlace.embed.stem import ImageTower, TextTower
-from interlace.embed.vl_bert import VLBERTRegions
+from interlace.embed.stem import TextTower
 from interlace.errors import UserError
 from interlace.layers import IMAGE, READ, FeedForward, Kind, Layer, Width, build_layer
 from interlace.model import VLModel
@@ -239,49 +238,53 @@ def groups(schedule: Schedule, segments: dict[str, list[Kind]], text: int, image
     return out
 
 
-def cells_of(config: VLConfig) -> int:
-    """States of the image stream: of a picture of the configured size, or of 36 regions."""
-    spec = config.image
-    if isinstance(spec, Patches):
-        return (spec.size // spec.patch) ** 2 + 1
-    return getattr(spec, "cells", 0) or REGIONS + isinstance(spec, VLBERTRegions)
-
-
-def embedders(model: VLModel, words: int, cells: int) -> tuple[Part, Part]:
+def embedders(model: VLModel, words: int, cells: int) -> tuple[Part, Part, int]:
+    """Both embedders, and how many states the image's gives. `cells` 0: as many as it does by itself."""
     text, image = model.config.text, model.config.image
     read: int | None = 0
     if isinstance(model.text, TextTower):
-        read = _measured(model.text, torch.zeros(1, words, dtype=torch.long, device="meta"))
+        found = _measured(model.text, torch.zeros(1, words, dtype=torch.long, device="meta"))
+        read = found and found[0]
+    spent, cells = seen(model, cells)
     return (Part(text.name, text.width.size, count(model.text), read),
-            Part(image.name, image.width.size, count(model.image), seen(model, cells)))  # fmt: skip
+            Part(image.name, image.width.size, count(model.image), spent), cells)  # fmt: skip
 
 
-def seen(model: VLModel, cells: int) -> int | None:
-    """FLOPs of the image's embedder; None where its path depends on the numbers themselves."""
-    spec: Any = model.config.image
-    more = {"words": model.text} if getattr(model.image, "reads_words", False) else {}
-    extra = isinstance(spec, Patches | VLBERTRegions)  # a first cell that is no patch and no region
-    if isinstance(spec, RegionEmbedder) and not hasattr(spec, "size"):
-        size = 1, cells - isinstance(spec, VLBERTRegions)
+def seen(model: VLModel, cells: int) -> tuple[int | None, int]:
+    """FLOPs of the image's embedder, None where they cannot be told, and its states: of a picture of the configured
+    size, or of 36 regions, unless `cells` says otherwise."""
+    spec, part = model.config.image, model.image
+    lead = getattr(part, "lead", 0)  # cells before those that are patches or regions
+    given: Any
+    if isinstance(spec, RegionEmbedder):
+        size = 1, (cells or REGIONS + lead) - lead
         features = torch.empty(*size, spec.features, device="meta")
-        boxes = torch.empty(*size, spec.boxes, device="meta") if spec.boxes else None
-        return _measured(model.image, Regions(features, boxes), **more)
-    found = _measured(model.image, torch.empty(1, 3, spec.size, spec.size, device="meta"), **more)
-    if found is None and isinstance(spec, Patches):  # ViLT looks how far each picture goes
-        project: Any = model.image.project
-        return 2 * project.weight.numel() * (cells - extra)
-    if found is None or isinstance(model.image, ImageTower):
-        return found
-    return found * (cells - extra) // (cells_of(model.config) - extra)  # type: ignore[arg-type]
+        given = Regions(features, torch.empty(*size, spec.boxes, device="meta") if spec.boxes else None)
+    else:
+        side: int = spec.size  # type: ignore[attr-defined]
+        given = torch.empty(1, 3, side, side, device="meta")
+    found = _measured(part, given, **({"words": model.text} if getattr(part, "reads_words", False) else {}))
+    if found is not None:
+        spent, own = found[0], found[1].shape[1]
+    elif isinstance(spec, Patches):  # ViLT looks how far each picture goes
+        own = lead + (spec.size // spec.patch) ** 2
+        spent = 2 * (own - lead) * part.project.weight.numel()  # type: ignore[union-attr, operator]
+    else:
+        raise UserError(f"what {spec.name!r} costs cannot be told without a picture: measure it with "
+                        "torch.utils.flop_counter.")  # fmt: skip
+    if not cells or hasattr(part, "tower"):  # a tower sees the whole picture, however many cells are kept
+        return spent, cells or own
+    return spent * (cells - lead) // (own - lead), cells
 
 
-def _measured(part: nn.Module, *given: Any, **more: Any) -> int | None:
+def _measured(part: nn.Module, *given: Any, **more: Any) -> tuple[int, torch.Tensor] | None:
+    """FLOPs and states; None where the path depends on the numbers themselves, of which meta tensors have none."""
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            part(*given, **more)
-        return counter.get_total_flops()
-    except (RuntimeError, NotImplementedError):  # meta tensors have no numbers to look at
+            out = part(*given, **more)
+    except (RuntimeError, NotImplementedError):
         return None
+    return counter.get_total_flops(), out[0] if isinstance(out, tuple) else out
 
 
 def figure(config: Any, title: str, words: int = WORDS, cells: int = 0) -> Figure:
@@ -289,9 +292,9 @@ def figure(config: Any, title: str, words: int = WORDS, cells: int = 0) -> Figur
     them."""
     if not isinstance(config, VLConfig):
         return captioner_figure(config, title, words)
-    cells = cells or cells_of(config)
     with torch.device("meta"):
-        model = VLModel(config)
+        model = VLModel(config).eval()
+    text, image, cells = embedders(model, words, cells)
     sizes = {"text": config.text.width.size, "image": config.image.width.size}
     body = groups(model.schedule, config.segments, sizes["text"], sizes["image"], words, cells)
     depth, layers = model.fusion_depth, len(model.schedule.layers())
@@ -311,7 +314,7 @@ def figure(config: Any, title: str, words: int = WORDS, cells: int = 0) -> Figur
             ends["next word"] = rest
         else:
             ends["decoder's words and head"] = rest
-    return Figure(title, words, cells, *embedders(model, words, cells), body, writes, context, ends, depth, layers,
+    return Figure(title, words, cells, text, image, body, writes, context, ends, depth, layers,
                   count(model))  # fmt: skip
 
 
@@ -364,16 +367,25 @@ def find(what: str) -> tuple[Any, str]:
         raise UserError(f"{what} has no config.json: give a run folder, a recipe (.yaml) or a preset ({known}).")
     shipped = Path(__file__).parent / "recipes" / f"{what}.yaml"
     if path.suffix in (".yaml", ".yml") or (shipped.is_file() and not path.is_file()):
-        from interlace.compose import _config
-        from interlace.settings import load_settings
-
-        return _config(load_settings(what).model, [])[0], path.stem
+        return of_recipe(what), path.stem
     line, make = preset(what)
     name = next((n for n, other in line.others.items() if other is make), None)
     known = next(n for n, other in PRESETS.items() if other is line)
     if name is None:
         return make(), f"{line.system}, {line.year}"
     return make(), f"{line.system}: {name.removeprefix(known + '_').replace('_', ' ')}"
+
+
+def of_recipe(what: str) -> VLConfig:
+    """Raises UserError for a recipe that cannot be built."""
+    from interlace.compose import configure
+    from interlace.settings import load_settings
+    from interlace.systems import configure_system
+
+    model = load_settings(what).model
+    if model.start:
+        return read_config(Path(model.start).expanduser())
+    return configure_system(model, [])[0] if model.system else configure(model, [])[0]
 
 
 def read_config(folder: Path) -> Any:

@@ -151,6 +151,24 @@ def build_system(what: Composition, objectives: list[Objective], augment: Augmen
                  model_class: type[VLModel] = VLModel) -> tuple[VLModel, Processor]:  # fmt: skip
     """The preset `what.system` at the size that `what` says, with the heads that the objectives ask for, and its
     processor. Raises UserError for an unknown system, or parts that do not fit."""
+    config, parts, module = configure_system(what, objectives)
+    image = parts.image
+    model = model_class(config)
+    if image is not None and (tower := getattr(model.image, "tower", None)) is not None:
+        cast(nn.Module, tower).load_state_dict(image.model.state_dict())
+        if isinstance(config.image, ImageStem):
+            cast(Any, model.image).start()
+    started = start_from(model, parts.text.model.state_dict(), module.start(config)) if parts.starts else []
+    if "answers" in model.heads and hasattr(model.heads["answers"], "start"):
+        cast(Any, model.heads["answers"]).start()
+    model.started = tuple(started)
+    print(_what_started(what, parts, started))
+    return model, small_processor(what, config, parts.tokenizer, augment or Augment())
+
+
+def configure_system(what: Composition, objectives: list[Objective]) -> tuple[VLConfig, Parts, Any]:
+    """The configuration that `build_system` builds, the parts it is made of, and the preset's module. Raises UserError
+    as `build_system` does."""
     from interlace.presets import preset
 
     line, _ = preset(what.system)
@@ -161,17 +179,7 @@ def build_system(what: Composition, objectives: list[Objective], augment: Augmen
     parts = Parts(what, tokenizer, towers.load_tower(what.text, "text"), image)
     config: VLConfig = line.module.small(parts)
     config.heads = asked_heads(config, objectives, line.module)
-    model = model_class(config)
-    if image is not None and (tower := getattr(model.image, "tower", None)) is not None:
-        cast(nn.Module, tower).load_state_dict(image.model.state_dict())
-        if isinstance(config.image, ImageStem):
-            cast(Any, model.image).start()
-    started = start_from(model, parts.text.model.state_dict(), line.module.start(config)) if parts.starts else []
-    if "answers" in model.heads and hasattr(model.heads["answers"], "start"):
-        cast(Any, model.heads["answers"]).start()
-    model.started = tuple(started)
-    print(_what_started(what, parts, started))
-    return model, small_processor(what, config, tokenizer, augment or Augment())
+    return config, parts, line.module
 
 
 def asked_heads(config: VLConfig, objectives: list[Objective], module: Any = None) -> dict[str, dict[str, Any]]:

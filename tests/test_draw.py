@@ -164,9 +164,22 @@ def test_a_recipe(shapes, text_tower, tmp_path):
     assert drawn.text.flops and drawn.flops > drawn.text.flops  # the tower's own are counted
 
 
+@pytest.mark.parametrize("system, cells", [("uniter", 9), ("vilbert", 10), ("vl_bert", 11), ("vilt", 37)])
+def test_a_recipe_of_a_system(system, cells, shapes, text_tower, image_tower, tmp_path):
+    """3 x 3 grid cells; ViLBERT's and VL-BERT's first region is the whole picture, VL-BERT has [END]. ViLT: 6 x 6 and a
+    class token."""
+    from tests.conftest import toy_settings
+
+    settings = toy_settings(shapes, text_tower, tmp_path / "run")
+    settings.model.system, settings.model.image = system, "patches" if system == "vilt" else str(image_tower)
+    settings.save(tmp_path / "mine.yaml")
+    drawn = draw.draw(str(tmp_path / "mine.yaml"), console=Console(quiet=True))
+    assert drawn.cells == cells and drawn.image.flops and not drawn.ends.keys() - {"poolers"}
+
+
 def test_the_first_cell_that_is_no_region():
     spec = vl_bert.tiny()
-    assert draw.cells_of(spec) == 37
+    assert draw.figure(spec, "tiny").cells == 37
     assert draw.figure(spec, "tiny").image.flops == 2 * 36 * 32 * (4 * 8 + 20)
 
 
