@@ -31,12 +31,21 @@ def plot_losses(log: Path, out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from interlace.objectives.base import Objective
+
     entries = read_log(log)
-    names = [n for n in ("loss", "itc", "itm", "vqa") if any(n in e for e in entries)]
+    logged = dict.fromkeys(name for entry in entries for name in entry)
+    # a loss is logged by its objective's name, after that of its pass where that has one; figures beside it add a word
+    losses = [name for name in logged if name.rpartition("/")[2] in Objective.known]
+    names = [name for name in ("loss", *losses) if name in logged]
     if not names:
         return
-    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 2.8), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names):
+    across = min(len(names), 4)
+    down = -(-len(names) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3.4 * across, 2.8 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names):
         points = [(e["step"], e[name]) for e in entries if name in e]
         axis.plot(*zip(*points), color="#1f5f8b", linewidth=1.5)
         axis.set_title(name)
@@ -53,19 +62,28 @@ def plot_losses(log: Path, out: Path) -> None:
 
 def model_card(out: Path, settings: Settings, model: VLModel, facts: dict[str, Any]) -> str:
     """README.md of the run folder, in the form model hubs read."""
-    from interlace.evaluate import markdown
+    from interlace.evaluate import markdown, notes
 
     file = out / "metrics.json"
     metrics = json.loads(file.read_text()) if file.is_file() else None
     data = json.loads((out / "data.json").read_text())
     count, learnt = facts["parameters"], facts["trained"]
-    made = settings.model
+    made, names = settings.model, objective_names(settings)
+    if made.start:
+        kind, size = f"Trained on from the run `{made.start}`", ""
+    else:
+        how = f"{made.fusion.capitalize()} fusion, {made.streams} stream"
+        kind = f"The system `{made.system}`" if made.system else how
+        size = (f", {made.layers} layers of width {made.width}\nover `{made.image}` ({made.size} pixels) and "
+                f"`{made.text}`")  # fmt: skip
+    said = "\n".join(notes(metrics)) if metrics else ""
     results = f"""## Results
 
-Split `{metrics["split"]}`, {metrics["rows"]} rows, per cent. Blind: the same model shown another row's picture or a
-white one.
+Split `{metrics["split"]}`, {metrics["rows"]} rows, per cent.
 
 {markdown(metrics)}
+
+{said}
 """ if metrics else ""  # fmt: skip
     return f"""---
 library_name: interlace
@@ -73,9 +91,8 @@ tags: [vision-language, image-text-retrieval, visual-question-answering]
 ---
 # {out.name}
 
-{made.fusion.capitalize()} fusion, {made.streams} stream, {made.layers} layers of width {made.width}
-over `{made.image}` ({made.size} pixels) and `{made.text}`. {count / 1e6:.1f} M parameters, of
-which {learnt / 1e6:.1f} M were trained, by {", ".join(settings.objectives)}, for {facts["steps"]} steps of
+{kind}{size}. {count / 1e6:.1f} M parameters, of
+which {learnt / 1e6:.1f} M were trained, by {", ".join(names)}, for {facts["steps"]} steps of
 {settings.train.batch} rows in {facts["train_seconds"] / 60:.1f} minutes.
 
 ```
@@ -94,9 +111,16 @@ Licence: {data["licence"] or "not stated"}
 ## Use
 
 ```
-{use(out, settings)}
+{use(out, settings, set(model.heads))}
 ```
 """
+
+
+def objective_names(settings: Settings) -> list[str]:
+    """Of the objectives and of those in passes, each once."""
+    plain = ("share", "image", "name")
+    in_passes = [name for one in settings.passes for name in one if name not in plain]
+    return list(dict.fromkeys([*settings.objectives, *in_passes]))
 
 
 def data_in_words(data: dict[str, Any], skipped: int) -> str:
@@ -116,11 +140,13 @@ def data_in_words(data: dict[str, Any], skipped: int) -> str:
     return "\n".join(lines) + f"\nThe data's fingerprint begins with `{data['fingerprint'][:16]}`."
 
 
-def use(out: Path, settings: Settings) -> str:
+def use(out: Path, settings: Settings, heads: set[str]) -> str:
     """Commands that work where `interlace train` was started."""
     run, given = shlex.quote(str(out)), settings.data.source
     source = shlex.quote(",".join(given) if isinstance(given, list) else given) or "SOURCE"
-    lines = [f"interlace index {run} {source}", f'interlace search {run} "a wooden chair"']
-    if "vqa" in settings.objectives:
+    lines = [f"interlace evaluate {run} {source}"]
+    if "contrast" in heads:
+        lines += [f"interlace index {run} {source}", f'interlace search {run} "a wooden chair"']
+    if "answers" in heads:
         lines.append(f'interlace answer {run} picture.jpg "what is it?"')
-    return "\n".join([*lines, f"interlace demo {run}"])
+    return "\n".join([*lines, f"interlace demo {run}"] if "contrast" in heads else lines)

@@ -91,8 +91,22 @@ def write_text_tower(folder: Path, width: int = 32) -> Path:
     return folder
 
 
+def write_image_tower(folder: Path, size: int = 48) -> Path:
+    """A tiny ResNet with random weights: what a shape is, a convolution learns from far fewer pictures than attention
+    over patches, which has to learn first that a place does not matter."""
+    from transformers import ResNetConfig, ResNetModel
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 48], depths=[1, 1, 1], layer_type="basic")
+    config.image_size = size
+    ResNetModel(config).save_pretrained(folder)
+    pixels = {"size": {"height": size, "width": size}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return folder
+
+
 def toy_settings(shapes: Path, tower: Path, out: Path, **train):
-    """Settings that learn the shapes in seconds: patches of raw pixels, a tiny tower for words."""
+    """Settings that run in seconds and learn the colours: patches of raw pixels, a tiny tower for words."""
     from interlace.compose import Composition
     from interlace.data.processor import Augment
     from interlace.settings import DataSettings, Settings, TrainSettings
@@ -108,6 +122,13 @@ def toy_settings(shapes: Path, tower: Path, out: Path, **train):
     )  # fmt: skip
 
 
+def learning_settings(shapes: Path, text: Path, image: Path, out: Path, **train):
+    """Settings that learn colours and shapes in less than a minute, on pictures they have not seen."""
+    settings = toy_settings(shapes, text, out, **{"steps": 200, "image_lr": 3e-3, **train})
+    settings.model.image, settings.augment.smallest_crop = str(image), 0.8
+    return settings
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
     return write_shapes(tmp_path_factory.mktemp("shapes") / "table")
@@ -119,11 +140,16 @@ def text_tower(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_folder(shapes, text_tower, tmp_path_factory) -> Path:
+def image_tower(tmp_path_factory) -> Path:
+    return write_image_tower(tmp_path_factory.mktemp("towers") / "resnet")
+
+
+@pytest.fixture(scope="session")
+def run_folder(shapes, text_tower, image_tower, tmp_path_factory) -> Path:
     """A finished run folder that really learnt the shapes."""
     from interlace.train import train
 
-    return train(toy_settings(shapes, text_tower, tmp_path_factory.mktemp("runs") / "shapes"))
+    return train(learning_settings(shapes, text_tower, image_tower, tmp_path_factory.mktemp("runs") / "shapes"))
 
 
 @pytest.fixture(scope="session")

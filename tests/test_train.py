@@ -13,7 +13,7 @@ from interlace.data.sources import open_source
 from interlace.errors import UserError
 from interlace.evaluate import evaluate
 from interlace.run import Run, save_run
-from tests.conftest import draw_shape, toy_settings
+from tests.conftest import draw_shape, learning_settings, toy_settings
 
 
 def test_the_run_folder_holds_everything(run_folder):
@@ -103,15 +103,17 @@ def test_match_prefers_the_right_picture(tiny_run):
     assert scores.shape == (2,) and scores[0] > 0.5 > scores[1]
 
 
-def test_training_again_finds_the_run_finished_and_other_settings_are_refused(run_folder, shapes, text_tower, capsys):
+def test_training_again_finds_the_run_finished_and_other_settings_are_refused(
+    run_folder, shapes, text_tower, image_tower, capsys
+):
     from interlace.train import train
 
     before = (run_folder / "model.safetensors").stat().st_mtime_ns
-    assert train(toy_settings(shapes, text_tower, run_folder)) == run_folder
+    assert train(learning_settings(shapes, text_tower, image_tower, run_folder)) == run_folder
     assert (run_folder / "model.safetensors").stat().st_mtime_ns == before
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"train\.lr was 0\.003, is 0\.1"):
-        train(toy_settings(shapes, text_tower, run_folder, lr=0.1))
+        train(learning_settings(shapes, text_tower, image_tower, run_folder, lr=0.1))
 
 
 def test_a_half_written_a_damaged_and_a_missing_run_are_told_apart(run_folder, tmp_path):

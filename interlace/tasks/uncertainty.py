@@ -82,6 +82,17 @@ def paired_difference(
     return Difference(mean, low, high, (1 + as_far) / (1 + n), level, int(sizes.sum()), len(sums))
 
 
+def holm(p: Sequence[float]) -> list[float]:
+    """p values corrected for their number, in the same order: reject those below alpha and the chance of even one false
+    rejection stays below alpha, however the tests depend on each other. Sorted, the n-th smallest of N is multiplied by
+    N - n + 1, and never falls below one before it. Holm 1979 (Scandinavian Journal of Statistics 6:65-70)."""
+    out, least = [0.0] * len(p), 0.0
+    for place, at in enumerate(sorted(range(len(p)), key=lambda n: p[n])):
+        least = max(least, min(1.0, (len(p) - place) * p[at]))
+        out[at] = least
+    return out
+
+
 def _clusters(values: Any, groups: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
     """Sum and number of values per group: (G,), (G,). The mean of a resample needs no more than these."""
     values = np.asarray(values, dtype=np.float64)

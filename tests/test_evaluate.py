@@ -1,0 +1,153 @@
+"""Every score has its blind figure, intervals go by group, and a run is scored on what it can do and told what it
+cannot."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from interlace.cli import main
+from interlace.data.sources import open_source
+from interlace.evaluate import (
+    best,
+    evaluate,
+    hold,
+    markdown,
+    match_logits,
+    notes,
+    reranked,
+    rows_of,
+    scored,
+    shuffled,
+    two_way,
+)
+from interlace.model import Half
+from interlace.run import Run, save_run
+from interlace.tasks.metrics import Cosine
+
+
+@pytest.fixture(scope="module")
+def source(shapes):
+    return open_source(shapes)
+
+
+@pytest.fixture(scope="module")
+def metrics(tiny_run, source):
+    return evaluate(tiny_run, source, "test")
+
+
+def test_every_score_has_an_interval_a_chance_and_a_blind_figure(metrics):
+    rows = dict(rows_of(metrics))
+    assert {"text to image R@1", "image to text R@10 re-ranked top 20", "image to image mAP by colour",
+            "answers: shape"} <= set(rows)  # fmt: skip
+    for name, score in rows.items():
+        assert score["low"] <= score["value"] <= score["high"], name
+        assert 0 <= score["blind"] <= 1 and 0 < score["chance"] < 1, name
+    for name in ("text to image R@1 re-ranked top 20", "image to image mAP by colour", "answers: colour"):
+        assert rows[name]["blind"] < 0.6 < rows[name]["value"], name
+    assert json.loads(json.dumps(metrics)) == metrics  # plain numbers
+    for line in markdown(metrics).splitlines()[2:]:
+        assert all(cell.strip() for cell in line.strip("|").split("|")), line
+
+
+def test_the_blind_re_ranking_is_what_shuffled_pictures_give_through_the_match_head(tiny_run, source, metrics):
+    held = hold(tiny_run, source, "test")
+    other, rows = shuffled(held.groups), np.arange(len(held.pairs))
+    halves = held.halves.rows(torch.from_numpy(other))
+    dark = copy.copy(held)
+    dark.images, dark.halves = held.images[other], Half(halves.states, halves.mask)
+    cosine = np.asarray(Cosine(dark.texts, dark.images))
+    mixed = reranked(cosine, match_logits(tiny_run, dark, rows, best(cosine)), tiny_run.match_weight)
+    found = two_way(mixed, held.groups)
+    for way in ("t2i", "i2t"):
+        for k in ("R@1", "R@5", "R@10"):
+            assert found[way][k]["value"] == pytest.approx(metrics["retrieval"]["reranked"][way][k]["blind"])
+
+
+def test_rows_that_repeat_in_a_group_make_no_interval_narrower():
+    values = np.random.default_rng(0).random(20)
+    once = scored(values, [f"g{i}" for i in range(20)])
+    often = scored(np.repeat(values, 7), [f"g{i}" for i in range(20) for _ in range(7)])
+    assert (often["low"], often["high"]) == pytest.approx((once["low"], once["high"]))
+    assert often["queries"] == 140
+
+
+def test_each_query_is_kept_with_its_row_and_group(metrics, source):
+    scores = dict(rows_of(metrics))
+    kept = scores["image to text R@1"].kept
+    assert kept.values.mean() == pytest.approx(scores["image to text R@1"]["value"])
+    assert kept.ids.tolist() == source.indices("test").tolist()
+    assert kept.groups.tolist() == [source.pair(int(i)).group for i in kept.ids]
+    asked = scores["answers: shape"].kept
+    assert [source.question(int(i)).kind for i in asked.ids] == ["shape"] * len(asked.ids)
+
+
+def without(run: Run, *heads: str) -> Run:
+    model = copy.deepcopy(run.model)
+    for head in heads:
+        del model.heads[head], model.config.heads[head]
+    answers = [] if "answers" in heads else run.answers
+    return Run(run.folder, model, run.processor, answers, run.temperature, run.facts)
+
+
+def test_a_run_without_contrast_is_searched_by_matching(tiny_run, source):
+    found = evaluate(without(tiny_run, "contrast"), source, "test")
+    assert "retrieval" not in found and "image_to_image" not in found
+    score = dict(rows_of(found))["text to image R@5 by matching"]
+    assert score["value"] > 0.5 > score["blind"] + 0.1
+    assert any("no contrast head" in note and "by matching" in note for note in notes(found))
+
+
+def test_a_run_without_matching_or_answers_is_scored_on_the_rest(tiny_run, source, metrics):
+    found = evaluate(without(tiny_run, "match", "answers"), source, "test")
+    assert "vqa" not in found and "reranked" not in found["retrieval"]
+    assert found["retrieval"]["t2i"] == metrics["retrieval"]["t2i"]
+    told = " ".join(notes(found))
+    assert "itm objective" in told and "vqa objective" in told and "itc objective" not in told
+
+
+def test_a_run_that_can_nothing_of_it_says_so_and_is_no_error(tiny_run, source, shapes, tmp_path, capsys):
+    bare = without(tiny_run, "contrast", "match", "answers")
+    found = evaluate(bare, source, "test")
+    assert rows_of(found) == [] and markdown(found) == "" and found["rows"] == 24
+    save_run(tmp_path / "bare", bare.model, bare.processor)
+    assert main(["evaluate", str(tmp_path / "bare"), str(shapes), "--out", str(tmp_path / "test.json")]) == 0
+    said = capsys.readouterr().out
+    assert "cannot search by vectors: no contrast head" in said and "cannot answer questions" in said
+    assert json.loads((tmp_path / "test.json").read_text())["cannot"] == found["cannot"]
+
+
+class ByRule(Run):
+    """Writes what it sees of the colour: a captioner without weights."""
+
+    can_caption = True
+
+    def caption(self, pictures: list[Image.Image]) -> list[str]:
+        from tests.conftest import COLOURS
+
+        said = []
+        for picture in pictures:
+            pixels = np.asarray(picture, float).reshape(-1, 3)
+            ink = pixels[pixels.min(1) < 250]
+            near = {name: np.abs(ink.mean(0) - [int(code[i : i + 2], 16) for i in (1, 3, 5)]).sum()
+                    for name, code in COLOURS.items()} if len(ink) else {"white": 0}  # fmt: skip
+            said.append(f"a {min(near, key=near.__getitem__)} circle")
+        return said
+
+
+def test_captions_are_scored_beside_those_of_other_pictures(tiny_run, source):
+    bare = without(tiny_run, "contrast", "match", "answers")
+    run = ByRule(bare.folder, bare.model, bare.processor, [], 1.0, bare.facts)
+    found = evaluate(run, source, "test")
+    scores = dict(rows_of(found))
+    assert list(scores) == ["captions, CIDEr", "captions, ROUGE-L", "captions, BLEU-4"]
+    for name in ("captions, CIDEr", "captions, ROUGE-L"):
+        assert scores[name]["low"] > scores[name]["blind"]
+    assert scores["captions, ROUGE-L"]["value"] == pytest.approx(0.25 + 0.75 * 2 / 3)  # one shape of four is a circle
+    assert found["captions_written"][0]["written"].endswith("circle")
+    assert not any("captions" in note for note in found["cannot"])
