@@ -60,10 +60,15 @@ from transformers import (
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from interlace import towers
+from interlace.config import VLConfig
+from interlace.decoder import Decoder
 from interlace.errors import UserError, first_line
+from interlace.layers import READ, norm
 from interlace.loading import LoadedWhole
 from interlace.progress import say
+from interlace.systems import BERT_WORDS, Parts, bert_start
 from interlace.towers import PixelSpec, build_tower, load_tokenizer, load_tower, pixel_spec, resolve_tower, tower_config
+from interlace.weights import Keys
 
 VISION = ("vit", "beit", "deit")
 TEXT = ("gpt2", "roberta", "bert")
@@ -259,6 +264,21 @@ def tiny() -> VisionEncoderDecoderConfig:
                        patch_size=8)  # fmt: skip
     text = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=24, bos_token_id=98, eos_token_id=98)
     return vit_gpt2(vision, text, Ids(98, 98, 98))
+
+
+def small(parts: Parts) -> VLConfig:
+    """The same idea over the parts at hand, on our own decoder, so that it trains and saves as the other systems do: an
+    image tower, and BERT's layers that write what they read there. Only what reads the picture starts untrained."""
+    seen = parts.width(norm="pre", eps=1e-6, dropout=0.0, attention_dropout=0.0)
+    write = Decoder({"write": [READ] * parts.layers}, "image", ("words",), "", parts.tokenizer.cls_token_id,
+                    parts.tokenizer.sep_token_id)  # fmt: skip
+    return VLConfig(text=parts.words(pool="first"), image=parts.cells(seen), segments={"close": [norm(stream="image")]},
+                    writes=write)  # fmt: skip
+
+
+def start(config: VLConfig) -> Keys:
+    """The lines by which BERT starts the decoder."""
+    return {**BERT_WORDS, **bert_start("decoder.schedule.write.{n}", attend="attend_self")}
 
 
 PRETRAIN: list[dict[str, Any]] = [{"lm": {}}]  # both towers come trained; captions teach the layers that read
