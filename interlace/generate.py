@@ -65,9 +65,8 @@ def rank_answers(model: VLModel, asked: Half, answers: Tensor, k: int = 128) -> 
     rows, pad = len(asked.states), decoder.config.pad_token_id
     first = decoder(answers[:1, :1].expand(rows, 1), asked.states, asked.mask).logits[:, 0]  # (B, V)
     kept = F.softmax(first, 1)[:, answers[:, 1]].topk(k, 1).indices  # (B, k)
-    many = asked.rows(torch.arange(rows, device=kept.device).repeat_interleave(k))
     ids = answers[kept.flatten()]  # (B*k, A)
-    losses = text_losses(decoder(ids, many.states, many.mask).logits, written(ids, pad))
+    losses = text_losses(decoder(ids, asked.states, asked.mask).logits, written(ids, pad))
     return kept, -losses.view(rows, k)
 
 
@@ -104,6 +103,9 @@ def search_beams(decoder: TextDecoder, input_ids: Tensor, logits_processor, stop
     """
     beams, end, pad = generation_config.num_beams, decoder.config.eos_token_id, decoder.config.pad_token_id
     rows, cached = len(input_ids) // beams, bool(state.get("use_cache"))
+    for name in ("context", "context_mask"):  # transformers repeated what is read for each beam; once is enough
+        if state.get(name) is not None:
+            state[name] = state[name][::beams]
     early = generation_config.early_stopping is True
     ended = [Finished(beams, generation_config.length_penalty, early) for _ in range(rows)]
     done = [False] * rows
@@ -135,7 +137,7 @@ def search_beams(decoder: TextDecoder, input_ids: Tensor, logits_processor, stop
         chosen = chosen.flatten()
         input_ids = torch.cat([input_ids[chosen], word.view(-1, 1)], 1)
         if cached:
-            state["past_key_values"].reorder_cache(chosen)
+            state["past_key_values"].self_attention_cache.reorder_cache(chosen)  # what is read is a row's, not a beam's
         if all(done) or bool(torch.as_tensor(stopping_criteria(input_ids, None)).all()):
             break
     texts = []

@@ -299,7 +299,10 @@ class Co(Layer):
 
 
 class Read(Layer):
-    """The text attends to itself, then to the image; the image is only read. BLIP (arXiv:2201.12086), figure 2."""
+    """The text attends to itself, then to the image; the image is only read. BLIP (arXiv:2201.12086), figure 2.
+
+    n * B texts may read B images, n each, one after the other: beams, or many answers to one question.
+    """
 
     kind = "read"
     crosses = True
@@ -314,7 +317,8 @@ class Read(Layer):
             return streams
         text = self.attend_self(streams.text, None, see.sight("tt"))  # (B, T, D)
         if streams.image is not None:
-            text = self.attend_image(text, streams.image, see.sight("ti"))  # (B, T, D)
+            beside = text.reshape(len(streams.image), -1, text.shape[-1])  # texts of one image read it side by side
+            text = self.attend_image(beside, streams.image, see.sight("ti")).view_as(text)  # (B, T, D)
         return Streams(self.ffn(text), streams.image)
 
 
