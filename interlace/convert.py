@@ -347,6 +347,8 @@ def convert(source: str | Path, out: str | Path, name: str, console: Console | N
     if done.report.dropped:
         console.print(f"{len(done.report.dropped)} dropped, as the preset's table says: {_short(done.report.dropped)}",
                       markup=False)  # fmt: skip
+    if done.report.types:
+        console.print(f"{' and '.join(sorted(done.report.types))} became {done.model.dtype}".replace("torch.", ""))
     if done.report.fresh:
         console.print(f"not in the file, at their initial values: {', '.join(done.report.fresh)}", markup=False)
     heads = ", ".join(done.model.config.heads) or "none"

@@ -5,9 +5,31 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
+
 from interlace.errors import UserError
+from interlace.towers import quiet
 
 SHOWN = 6  # names of one sort that an error lists before it counts the rest
+
+
+class LoadedWhole:
+    """Stands before PreTrainedModel among a model's bases."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but in float32 unless `dtype` says otherwise: a file in half precision is converted.
+        Raises UserError where transformers would go on with random weights: tensors that are missing, unknown or of
+        another shape, all named together. Given a `config`, heads may be others than those of the file."""
+        kwargs.setdefault("dtype", torch.float32)
+        theirs = super().from_pretrained  # type: ignore[misc]
+        if kwargs.get("output_loading_info") or kwargs.get("ignore_mismatched_sizes"):  # the caller looks for himself
+            return theirs(pretrained_model_name_or_path, *args, **kwargs)
+        with quiet():
+            model, info = theirs(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True,
+                                 ignore_mismatched_sizes=True)  # fmt: skip
+        check_loaded(str(pretrained_model_name_or_path), info, len(model.state_dict()), new_heads="config" in kwargs)
+        return model
 
 
 def check_loaded(folder: str, info: dict[str, Any], names: int, new_heads: bool = False) -> None:

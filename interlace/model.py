@@ -17,10 +17,9 @@ from interlace.embed.base import Pooler, pool
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
 from interlace.heads import Contrast, build_head
-from interlace.loading import check_loaded
+from interlace.loading import LoadedWhole
 from interlace.schedule import Schedule
 from interlace.streams import Streams, Visibility, everyone
-from interlace.towers import quiet
 
 
 class Half(NamedTuple):
@@ -67,7 +66,7 @@ class VLOutput(ModelOutput):
     pooled_image: Tensor | None = None  # (B, D_image)
 
 
-class VLModel(PreTrainedModel):
+class VLModel(LoadedWhole, PreTrainedModel):
     """Two embedders, a schedule, heads. `save_pretrained`, `from_pretrained`, `push_to_hub` as in transformers."""
 
     config_class = VLConfig
@@ -100,20 +99,6 @@ class VLModel(PreTrainedModel):
         self.frozen: tuple[str, ...] = ()
         self.started: tuple[str, ...] = ()  # parameters that came from a pre-trained part
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but in float32 unless `dtype` says otherwise: a file in half precision is converted.
-        Raises UserError where transformers would go on with random weights: tensors that are missing, unknown or of
-        another shape, all named together. Given a `config`, heads may be others than those of the file."""
-        kwargs.setdefault("dtype", torch.float32)
-        if kwargs.get("output_loading_info") or kwargs.get("ignore_mismatched_sizes"):  # the caller looks for himself
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        with quiet():
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs,
-                                                  output_loading_info=True, ignore_mismatched_sizes=True)  # fmt: skip
-        check_loaded(str(pretrained_model_name_or_path), info, len(model.state_dict()), new_heads="config" in kwargs)
-        return model
 
     def _init_weights(self, module: nn.Module) -> None:
         # BERT's and ViT's: normal, 0.02. Towers are initialised by their own class, then overwritten by their weights

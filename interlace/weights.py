@@ -63,9 +63,11 @@ class Report:
     mapped: dict[str, tuple[str, ...]] = field(default_factory=dict)  # theirs -> ours
     dropped: list[str] = field(default_factory=list)  # theirs, left out by the table or for want of that head
     fresh: list[str] = field(default_factory=list)  # ours, allowed to keep their initial values
+    types: set[str] = field(default_factory=set)  # of numbers in the file that became the model's own: "bfloat16"
 
     def __str__(self) -> str:
-        return f"{len(self.mapped)} tensors mapped, {len(self.dropped)} dropped, {len(self.fresh)} of ours untouched"
+        return f"{len(self.mapped)} tensors mapped, {len(self.dropped)} dropped, {len(self.fresh)} of ours untouched" \
+               + (f", converted from {' and '.join(sorted(self.types))}" if self.types else "")
 
 
 # ------------------------------------------------------------------------------------------------ one line of a table
@@ -205,6 +207,9 @@ def load_foreign(model: nn.Module, tensors: Mapping[str, Tensor], keys: Keys, pr
         elif missing := [ours for ours in line.ours if ours not in state]:
             wrong.append(f"{name} goes to {', '.join(missing)}, which the model does not have")
         else:
+            if not tensor.is_floating_point():  # quantised weights mean nothing without their scales
+                wrong.append(f"{name} holds {_type(tensor)}, not weights: take the release that is not quantised")
+                continue
             try:
                 parts = line.load(tensor, [state[ours].shape for ours in line.ours])
             except ValueError as error:
@@ -215,6 +220,7 @@ def load_foreign(model: nn.Module, tensors: Mapping[str, Tensor], keys: Keys, pr
                     wrong.append(f"{name} and {values[ours][0]} are one tensor here, but differ in the file")
                 values[ours] = name, part
             report.mapped[name] = line.ours
+            report.types |= {_type(tensor)} - {_type(state[ours]) for ours in line.ours}
     touched = {ours for names in report.mapped.values() for ours in names}
     unfilled = [ours for ours in state if ours not in touched and ours not in OURS_ALONE]
     report.fresh = [ours for ours in unfilled if ours.startswith(tuple(fresh))]
@@ -252,6 +258,10 @@ def save_foreign(model: nn.Module, keys: Keys, prefix: str = "") -> dict[str, Te
         raise UserError(f"{len(left)} tensors have no name in the release: {_list(left)}. The table of names has no "
                         "line for them; remove those parts of the model before exporting.")  # fmt: skip
     return out
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _absent_head(model: nn.Module, ours: Iterable[str]) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from interlace.embed.base import Embedder
+from interlace.embed.patches import check_pixels
 from interlace.embed.words import WordEmbedding
 from interlace.errors import UserError
 
@@ -95,6 +96,7 @@ class BlockEmbedding(nn.Module):
 
     def contents(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S), normalised -> (B, I, D): each cell from its own block alone, row by row."""
+        check_pixels(pixels, self.spec.patch)
         size = self.spec.size
         if pixels.shape[-2:] != (size, size):
             raise UserError(f"the model reads pictures of {size}x{size} pixels, got {pixels.shape[-1]}x"

@@ -125,6 +125,7 @@ class CaptionModel(LoadedWhole, VisionEncoderDecoderModel):
     """
 
     accepts_loss_kwargs = True  # Trainer: the loss is divided by num_items_in_batch
+    _keys_to_ignore_on_load_unexpected = [r"^encoder\.pooler\."]  # in folders that transformers wrote; nothing reads it
 
     def __init__(self, config: VisionEncoderDecoderConfig, encoder: PreTrainedModel | None = None,
                  decoder: PreTrainedModel | None = None):  # fmt: skip

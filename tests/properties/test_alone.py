@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from systems import CAPTIONS, EVERY_PAIRED
+from properties.systems import CAPTIONS, EVERY_PAIRED
 
 from interlace.layers import Co, Joint, Read
 from interlace.model import Half

@@ -3,7 +3,7 @@ given the visibility of a language model."""
 
 import pytest
 import torch
-from systems import CAPTIONS, EVERY_PAIRED, PAIRED
+from properties.systems import CAPTIONS, EVERY_PAIRED, PAIRED
 
 from interlace.streams import Visibility, causal, prefix
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from systems import EVERY_SYSTEM
+from properties.systems import EVERY_SYSTEM
 
 # A softmax does not change when all its scores do, and a key's bias is the same for all.
 BLIND = ("key.bias",)

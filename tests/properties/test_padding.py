@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from systems import EVERY_SYSTEM, Captions, assert_same, one_row, real
+from properties.systems import EVERY_SYSTEM, Captions, assert_same, one_row, real
 
 
 @EVERY_SYSTEM

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from systems import EVERY_SYSTEM, real
+from properties.systems import EVERY_SYSTEM, real
 
 BOUND = 0.03  # of an output's length; bfloat16 has 8 bits, so a step is 0.4%
 
