@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from interlace.errors import UserError
-from interlace.regions import check_regions
+from interlace.regions import BadRegions, check_regions
 from interlace.regions.detector import DetectorExtractor
 from tests.regions.makers import photograph, write_detr, write_rt_detr, write_vit, write_yolos
 
@@ -64,6 +65,30 @@ def test_features_are_the_states_class_and_box_are_read_from(detectors):
     with torch.no_grad():
         logits = extractor.model.class_labels_classifier(torch.from_numpy(regions.features))
     assert np.allclose(logits.softmax(-1).roll(1, -1), regions.beliefs, atol=1e-5)
+
+
+def test_sigmoids_become_a_distribution(detectors):
+    """What the classes leave of 1 is "nothing"; where they sum to more they share it."""
+    extractor = DetectorExtractor(detectors["rt_detr"])
+    logits = torch.tensor([[[0.0] * 5, [0.0, -50, -50, -50, -50], [-50.0] * 5]])
+    want = [[0, 0.2, 0.2, 0.2, 0.2, 0.2], [0.5, 0.5, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert torch.allclose(extractor._beliefs(logits)[0], torch.tensor(want), atol=1e-6)
+    with pytest.raises(UserError, match="8 logits for 5 classes"):
+        extractor._beliefs(torch.zeros(1, 2, 8))
+
+
+def test_a_box_wholly_outside_the_picture_is_no_region(detectors):
+    extractor = DetectorExtractor(detectors["yolos"], regions=2)
+    boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [1.4, 0.5, 0.2, 0.2], [0.9, 0.5, 0.4, 0.4]]])  # middle, width, height
+    logits = torch.zeros(1, 3, 6)
+    logits[0, :, 2] = torch.tensor([1.0, 9.0, 3.0])  # the one outside is the surest
+    states = torch.arange(3.0).view(1, 3, 1)
+    found = extractor._read(SimpleNamespace(logits=logits, pred_boxes=boxes, last_hidden_state=states))[0]
+    assert found.features.tolist() == [[2], [0]] and found.objects.tolist() == [2, 2]
+    assert np.allclose(found.boxes, [[0.7, 0.3, 1, 0.7], [0.25, 0.25, 0.75, 0.75]])
+    nothing = extractor._read(SimpleNamespace(logits=logits, pred_boxes=boxes + 2, last_hidden_state=states))[0]
+    with pytest.raises(BadRegions, match="zero regions"):
+        check_regions(nothing)
 
 
 def test_the_fingerprint_knows_size_regions_and_weights(detectors):
