@@ -148,6 +148,19 @@ def train_run(args: argparse.Namespace) -> int:
     return 0
 
 
+def examine_config(args: argparse.Namespace) -> int:
+    from interlace.doctor import doctor
+    from interlace.settings import load_settings
+
+    overrides, config = list(args.overrides), args.config
+    if config is not None and "=" in config and not Path(config).exists():
+        overrides, config = [config, *overrides], None
+    settings = load_settings(config, overrides)
+    if not settings.data.source:
+        raise UserError("no data: set data.source to a sample set's name or a path.")
+    return doctor(settings, args.seconds)
+
+
 def evaluate_run(args: argparse.Namespace) -> int:
     from interlace.evaluate import evaluate, print_metrics
     from interlace.run import Run, write_json
@@ -339,6 +352,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("train", train_run, "train, or resume, a run")
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped recipe (demo)")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    sub = verb("doctor", examine_config, "before a run: can it work? texts, batches, gradients, eight rows by heart, "
+               "time and memory")  # fmt: skip
+    sub.add_argument("config", nargs="?", help="a YAML file or a shipped recipe, as for train")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    sub.add_argument("--seconds", type=float, default=120, help="at most so long on learning by heart")
 
     sub = verb("evaluate", evaluate_run, "score a run on held-out rows, beside chance and blind")
     sub.add_argument("run")
