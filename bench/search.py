@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from bench.common import keep, load, machine, parser, show
 from interlace.data.rows import Pair, Picture
+from interlace.search.embed import Encoder
 from interlace.search.filters import Filter, matches, parse, where_text
 from interlace.search.index import TABLE, Index
 from interlace.search.rows import Row
@@ -52,22 +52,12 @@ FILTERS = {"none": None, "1%": "price < 10", "30%": "price < 300"}
 
 
 @dataclass
-class NoRun:
-    """What an index wants to know of a run when vectors come from elsewhere."""
+class Origin:
+    """What `Index.create` reads of a run. The vectors are drawn, so nothing here encodes."""
 
     folder: Path
     dim: int
     fingerprint: str = "synthetic"
-    can_match: bool = False
-
-    def encode_texts(self, texts: list[str]) -> np.ndarray:
-        raise NotImplementedError
-
-    def encode_pictures(self, pictures: list[Image.Image]) -> np.ndarray:
-        raise NotImplementedError
-
-    def match(self, text: str, pictures: list[Image.Image]) -> np.ndarray:
-        raise NotImplementedError
 
 
 # ---------------------------------------------------------------------------------------------------------- the rows
@@ -103,7 +93,8 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 def build(folder: Path, rows: int, dim: int) -> dict[str, float]:
     """An index of synthetic rows, through the same commits a build makes; only the pictures are missing."""
     start = time.perf_counter()
-    index = Index.create(folder, NoRun(folder, dim), {"price": "number", "kind": "text"}, thumbnail=0)
+    run = cast(Encoder, Origin(folder, dim))
+    index = Index.create(folder, run, {"price": "number", "kind": "text"}, thumbnail=0)
     done = 0
     for vectors, prices in synthetic(rows, dim):
         index.commit([row(done + i, vector, float(price)) for i, (vector, price) in enumerate(zip(vectors, prices))])

@@ -126,6 +126,18 @@ def test_co_reads_states_from_before_the_layer_in_both_directions():
     assert (out.image - sequential).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_texts_of_one_image_read_it_as_if_each_had_a_copy(norm):
+    torch.manual_seed(0)
+    layer = build_layer(READ, width(norm), width(norm)).eval()
+    text, image = streams(b=6).text, streams(b=2).image  # three texts an image
+    real = torch.ones(2, 7, dtype=torch.bool)
+    real[1, 4:] = False
+    three = torch.arange(2).repeat_interleave(3)
+    out = run(layer, Streams(text, image), everyone(None, real))
+    close(out.text, run(layer, Streams(text, image[three]), everyone(None, real[three])).text)
+
+
 @pytest.mark.parametrize("name", ["text", "both", "joint", "co", "read"])
 def test_the_future_does_not_leak_through_two_layers(name):
     torch.manual_seed(0)
