@@ -192,8 +192,8 @@ def gradients(report: Report, learner: Learner, touched: set[str]) -> None:
 
 
 def of_different_groups(source: Source, samples: Samples) -> list[int]:
-    """Positions of the rows to learn by heart: rows of one group are each other's right answer, so that a contrast among
-    them could not fall to zero."""
+    """Positions of the rows to learn by heart. Rows of one group are each other's right answer, and a contrast among
+    them cannot fall to zero."""
     seen: dict[str, int] = {}
     for position in range(min(len(samples), 1000)):
         seen.setdefault(source.group(int(samples.rows[position])), position)
