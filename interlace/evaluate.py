@@ -485,7 +485,7 @@ def words_guessed(run: Run, captions: list[str], images: Half) -> np.ndarray:
         out = run.model.fuse(text, images.rows(torch.full((len(hidden),), n, device=ids.device)))
         wrong = word_logits(run.model, out.text[hidden]).argmax(-1) != ids[hidden]  # type: ignore[index]
         pieces = torch.zeros(len(hidden), device=ids.device).index_add(0, hidden.nonzero()[:, 0], wrong.float())
-        shares[n] = float((pieces == 0).float().mean())
+        shares[n] = float((pieces == 0).double().mean())
     return shares
 
 

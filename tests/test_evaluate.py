@@ -151,3 +151,24 @@ def test_captions_are_scored_beside_those_of_other_pictures(tiny_run, source):
     assert scores["captions, ROUGE-L"]["value"] == pytest.approx(0.25 + 0.75 * 2 / 3)  # one shape of four is a circle
     assert found["captions_written"][0]["written"].endswith("circle")
     assert not any("captions" in note for note in found["cannot"])
+
+
+def test_a_run_that_only_learnt_hidden_words_is_scored_on_them(shapes, text_tower, source, tmp_path, capsys):
+    from interlace.train import train
+    from tests.conftest import toy_settings
+
+    settings = toy_settings(shapes, text_tower, tmp_path / "run", steps=40, evaluate=True)
+    settings.objectives = {"mlm": {"mask": 0.4}}
+    folder = train(settings)
+    found = evaluate(Run.load(folder), source, "test")
+    ((name, score),) = rows_of(found)
+    assert name == "hidden words guessed" and score["chance"] == pytest.approx(1 / 3)  # a, of "a red circle"
+    assert 1 / 3 - 1e-9 <= score["value"] <= 1 and 1 / 3 - 1e-9 <= score["blind"] <= 1  # it learnt the article at least
+    card = (folder / "README.md").read_text()
+    assert "hidden words guessed" in card and "trained, by mlm" in card
+    assert "This run cannot answer questions" in card and "interlace search" not in card
+    with Image.open(folder / "loss.png") as plot:
+        assert plot.width > 500  # the loss, and mlm's own
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), str(shapes)]) == 0
+    assert "hidden words guessed" in capsys.readouterr().out
