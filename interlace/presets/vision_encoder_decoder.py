@@ -40,7 +40,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -125,7 +125,9 @@ class CaptionModel(LoadedWhole, VisionEncoderDecoderModel):
     """
 
     accepts_loss_kwargs = True  # Trainer: the loss is divided by num_items_in_batch
-    _keys_to_ignore_on_load_unexpected = [r"^encoder\.pooler\."]  # in folders that transformers wrote; nothing reads it
+    # in folders that transformers wrote: a pooler that nothing reads, and masks and positions that older versions saved
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [  # type: ignore[misc]
+        r"^encoder\.pooler\.", r"\.(attn|crossattention)\.(masked_)?bias$", r"\.position_ids$"]  # fmt: skip
 
     def __init__(self, config: VisionEncoderDecoderConfig, encoder: PreTrainedModel | None = None,
                  decoder: PreTrainedModel | None = None):  # fmt: skip
