@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, ViTConfig
 
 from interlace.embed.base import Embedder
 from interlace.embed.regions import RegionEmbedder, Regions, seven
@@ -26,9 +25,9 @@ from interlace.objectives.momentum import Momentum, soft_contrast
 from interlace.objectives.reconstruct import pixel_losses
 from interlace.objectives.region_labels import feature_loss, label_loss
 from interlace.presets import PRESETS, objectives, vilt
-from interlace.presets.vision_encoder_decoder import Ids, caption_model
+from interlace.presets.vision_encoder_decoder import CaptionModel, tiny
 
-VOCABULARY, CLS, SEP, MASK = 99, 2, 3, 4  # of every tiny size
+CLS, SEP, MASK = 2, 3, 4  # of every tiny size
 Out = dict[str, tuple[Tensor, Tensor | None]]  # name -> states (B, L, D) and which are real (B, L), or (B, P) and None
 
 
@@ -300,10 +299,7 @@ class Captions(System):
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
-        sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-        image = ViTConfig(**sizes, hidden_size=32, image_size=32, patch_size=8)
-        text = BertConfig(**sizes, hidden_size=48, vocab_size=VOCABULARY, max_position_embeddings=32)
-        return caption_model(image, text, Ids(CLS, 0, SEP))
+        return CaptionModel(tiny()).eval()
 
     regions = False
 
@@ -311,7 +307,7 @@ class Captions(System):
         g = torch.Generator().manual_seed(seed)
         ids, mask = torch.randint(5, 90, (rows, words), generator=g), torch.ones(rows, words, dtype=torch.bool)
         mask[1::3, -2:] = False
-        ids[torch.arange(rows), mask.sum(1) - 1] = SEP
+        ids[torch.arange(rows), mask.sum(1) - 1] = tiny().eos_token_id
         return Batch(ids, mask, torch.randn(rows, 3, 32, 32, generator=g))
 
     def padded(self, batch: Batch, words: int = 0, cells: int = 0, at: int | None = None, seed: int = 1) -> Batch:

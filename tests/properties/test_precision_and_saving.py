@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from properties.systems import EVERY_SYSTEM, real
+from safetensors.torch import load_file
 
 BOUND = 0.03  # of an output's length; bfloat16 has 8 bits, so a step is 0.4%
 
