@@ -38,8 +38,11 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m bench.input_path
-	$(BIN)/python -m bench.search
+	$(BIN)/interlace data get furniture food interiors
+	$(BIN)/python -m bench.input_path --out docs/bench/input_path.json
+	$(BIN)/python -m bench.search --out docs/bench/search.json
+	$(BIN)/python -m bench.models --out docs/bench/models.json
+	$(BIN)/python -m bench.passes --out docs/bench/passes.json
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -25,7 +25,8 @@ from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.processor import Processor
 from interlace.data.rows import Pair, Question, Source
 from interlace.data.sources import open_source
-from interlace.evaluate import by_category, scored, two_way
+from interlace.evaluate import by_category, two_way
+from interlace.held import scored
 from interlace.tasks.baselines import nearest_neighbour_answers, question_only_prior, ridge_alignment
 from interlace.tasks.metrics import chance_vqa, listed_accuracy, unit
 

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is no part of the installed package
 
-from bench import common, input_path
+from bench import common, input_path, models, passes
+from interlace.compose import Composition
+from interlace.data.sources import open_source
+from interlace.objectives import Pass
+from interlace.settings import load_settings
+from interlace.train import build_passes, make_learner
 
 
 def test_sides_take_turns_and_turns_at_going_first():
@@ -19,6 +25,18 @@ def test_sides_take_turns_and_turns_at_going_first():
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"
     assert [len(side) for side in times] == [3, 3]
     assert common.faster([1.0, 2.0, 4.0], [2.0, 6.0, 4.0]) == (2.0, "1.00-3.00")
+
+
+def test_peak_of_tensors_is_what_stood_at_once():
+    def work():
+        for _ in range(3):  # one after the other, 4 MB each, and 1 MB beside them
+            small = torch.ones(250_000)
+            torch.ones(1_000_000)
+        return small
+
+    kept = torch.ones(10_000_000)  # there before, so not counted
+    assert common.peak_tensors(work) == pytest.approx(5, abs=1.1)
+    assert len(kept) == 10_000_000
 
 
 def test_figures_have_three_digits():
@@ -121,3 +139,66 @@ def test_frozen_towers_score_far_above_chance_where_pictures_show_their_caption(
     assert figures["vqa"]["nearest pictures"]["value"] == 1.0
     assert figures["vqa"]["question only"]["value"] == 0.25 == figures["vqa"]["chance_by_kind"]["c"]
     assert json.loads((tmp_path / "out.json").read_text())["sources"] == [figures]
+
+
+def test_models_equal_transformers_before_they_are_timed(tmp_path):
+    out = tmp_path / "models.json"
+    rows = models.main(["--tiny", "--threads", "1", "--repeats", "1", "--out", str(out)])
+    assert {row["model"] for row in rows} == {"LXMERT", "VisualBERT", "ViLT", "BLIP", "CLIP", "ViT + BERT",
+                                              "ViT + GPT-2"}  # fmt: skip
+    assert {row["task"] for row in rows if row["model"] == "BLIP"} == {
+        "forward", "write, greedy", "write, beam 3", "train, captions"}  # fmt: skip
+    assert all(row["differs"] < 1e-5 and row["ours MB"] > 0 for row in rows)
+    assert {row["rival"] for row in rows} == {"transformers", "ours, logits everywhere"}
+    assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_models_that_differ_are_not_timed():
+    layer, other, x = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.ones(1, 4)
+    timed = []
+
+    def loss(model):
+        timed.append(model)
+        return model(x).square().sum()
+
+    case = models.train("toy", "step", (layer, "weight", lambda: loss(layer)), (other, "weight", lambda: loss(other)))
+    with pytest.raises(SystemExit, match="toy, train, step: the results differ"):
+        models.measure(case, repeats=1)
+    assert timed == [layer, other]
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        models.measure(models.write("toy", "write", lambda: x, lambda: x[:, :2]), repeats=1)
+
+
+def test_a_step_of_the_bench_learns():
+    layer, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
+    before = layer.weight.detach().clone()
+    models.step(layer, lambda: layer(x).square().sum())()
+    assert not torch.equal(layer.weight, before) and layer.weight.grad is None
+
+
+def test_passes_measure_every_pass_of_several_objectives(shapes, text_tower, image_tower, tmp_path):
+    out = tmp_path / "passes.json"
+    small = [f"data.source={shapes}", f"model.text={text_tower}", f"model.image={image_tower}", "model.width=32",
+             "model.heads=4", "model.layers=2", "model.size=64", "model.max_length=16"]  # fmt: skip
+    options = [option for setting in small for option in ("--set", setting)]
+    rows = passes.main(["vl_bert-small", "visual_bert-small", *options, "--rows", "4", "--repeats", "1",
+                        "--threads", "1", "--out", str(out)])  # fmt: skip
+    # VL-BERT's pass of text alone has one objective, and nothing to share
+    assert [(row["recipe"], row["pass"]) for row in rows] == [
+        ("vl_bert-small", "mlm + mrfr"), ("visual_bert-small", "mlm + itm")]  # fmt: skip
+    assert all(row["separate MB"] > row["shared MB"] > 0 for row in rows)
+    assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_the_two_sides_of_the_passes_score_the_same(shapes, text_tower, image_tower):
+    settings = load_settings("visual_bert-small")
+    source = open_source(str(shapes))
+    settings.model = Composition(system="visual_bert", text=str(text_tower), image=str(image_tower), width=32, heads=4,
+                                 layers=2, size=64, max_length=16)  # fmt: skip
+    shared = build_passes(settings, source)
+    learner, processor = make_learner(settings, shared)
+    logged = []
+    for plan in (shared, [Pass([pair]) for pair in build_passes(settings, source)[0].objectives]):
+        learner.passes = plan
+        logged.append(set(learner(**passes.batch_of(learner, plan, source, processor, 4))["losses"]))
+    assert logged[0] == logged[1] != set()
