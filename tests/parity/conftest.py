@@ -69,3 +69,9 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="module")
 def golden(request) -> Golden:
     return Golden(request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield

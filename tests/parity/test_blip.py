@@ -53,49 +53,44 @@ def starting(golden, what):
 
 @pytest.fixture(scope="module")
 def image(golden, model):
-    with torch.no_grad():
-        return model.half_image(golden.inputs["image"])
+    return model.half_image(golden.inputs["image"])
 
 
 def test_the_encoders(golden, model, image):
     mask = golden.inputs["attention_mask"]
-    with torch.no_grad():
-        alone = model.fuse(model.half_text(golden.inputs["input_ids"], mask), None)
-        fused = model.fuse(model.half_text(starting(golden, "enc_ENC"), mask), image)
-        golden.close(image.states, "image_embeds")
-        golden.close(alone.text, "text_hidden", mask)
-        golden.close(fused.text, "multimodal_hidden", mask)
-        golden.close(model.heads["match"](fused.pooled_text), "itm_logits_enc")
+    alone = model.fuse(model.half_text(golden.inputs["input_ids"], mask), None)
+    fused = model.fuse(model.half_text(starting(golden, "enc_ENC"), mask), image)
+    golden.close(image.states, "image_embeds")
+    golden.close(alone.text, "text_hidden", mask)
+    golden.close(fused.text, "multimodal_hidden", mask)
+    golden.close(model.heads["match"](fused.pooled_text), "itm_logits_enc")
 
 
 def test_contrast(golden, model):
     ids, mask = golden.inputs["input_ids"], golden.inputs["attention_mask"]
-    with torch.no_grad():
-        text, image = model.encode_text(ids, mask), model.encode_image(golden.inputs["image"])
-        golden.close(text, "text_feat")
-        golden.close(image, "image_feat")
-        golden.close(image @ text.T, "itm_model_itc_sim")
+    text, image = model.encode_text(ids, mask), model.encode_image(golden.inputs["image"])
+    golden.close(text, "text_feat")
+    golden.close(image, "image_feat")
+    golden.close(image @ text.T, "itm_model_itc_sim")
 
 
 def test_the_evaluation_model_keeps_cls(golden):
     heads = {"contrast": blip.CONTRAST | {"size": golden.config["embed_dim"]}, "match": blip.MATCH}
     model = VLModel(config(golden, blip.blip_retrieval, heads=heads)).eval()
     load_foreign(model, golden.weights, blip.RETRIEVAL_KEYS)
-    with torch.no_grad():
-        out = model(golden.inputs["input_ids"], golden.inputs["image"], golden.inputs["attention_mask"])
-        golden.close(model.heads["match"](out.pooled_text), "itm_model_itm_logits")
+    out = model(golden.inputs["input_ids"], golden.inputs["image"], golden.inputs["attention_mask"])
+    golden.close(model.heads["match"](out.pooled_text), "itm_model_itm_logits")
 
 
 def test_the_decoder(golden, model, image):
     ids, prompt = starting(golden, "bos_DEC"), len(golden.inputs["caption_prompt_ids"])
-    with torch.no_grad():
-        logits = model.decoder(ids, image.states).logits
-        golden.close(logits, "lm_logits", golden.inputs["attention_mask"])
-        golden.close(next_word(logits, written(ids)), "lm_loss")
-        golden.close(next_word(logits, written(ids)), "pretrain_loss_lm")
-        captions = golden.inputs["caption_input_ids"]
-        logits = model.decoder(captions, image.states).logits
-        golden.close(next_word(logits, written(captions, prompt=prompt)), "caption_loss")
+    logits = model.decoder(ids, image.states).logits
+    golden.close(logits, "lm_logits", golden.inputs["attention_mask"])
+    golden.close(next_word(logits, written(ids)), "lm_loss")
+    golden.close(next_word(logits, written(ids)), "pretrain_loss_lm")
+    captions = golden.inputs["caption_input_ids"]
+    logits = model.decoder(captions, image.states).logits
+    golden.close(next_word(logits, written(captions, prompt=prompt)), "caption_loss")
 
 
 def equal_texts(golden, ours, name):
@@ -127,17 +122,15 @@ def test_captions_of_the_model_that_only_writes(golden):
 
 
 def asked(golden, vqa):
-    with torch.no_grad():
-        return generate.ask(vqa, starting(golden, "enc_ENC"), golden.inputs["attention_mask"], golden.inputs["image"])
+    return generate.ask(vqa, starting(golden, "enc_ENC"), golden.inputs["attention_mask"], golden.inputs["image"])
 
 
 def test_answers_in_training(golden, vqa):
     question, counts = asked(golden, vqa), golden.inputs["answer_count"]
     many = question.rows(torch.arange(len(counts)).repeat_interleave(counts))
     ids = golden.inputs["answer_ids"]
-    with torch.no_grad():
-        logits = vqa.decoder(ids, many.states, many.mask).logits
-        loss = answers_loss(logits, written(ids), golden.inputs["answer_weight"], len(counts))
+    logits = vqa.decoder(ids, many.states, many.mask).logits
+    loss = answers_loss(logits, written(ids), golden.inputs["answer_weight"], len(counts))
     golden.close(loss, "vqa_loss")
 
 
@@ -145,9 +138,8 @@ def test_answers_ranked(golden, vqa):
     question, answers = asked(golden, vqa), golden.inputs["answer_ids"]
     k = golden.outputs["vqa_rank_topk_ids"].shape[1]
     kept, scores = generate.rank_answers(vqa, question, answers, k)
-    with torch.no_grad():
-        start = answers[:1, :1].expand(len(question.states), 1)
-        golden.close(vqa.decoder(start, question.states, question.mask).logits[:, 0], "vqa_rank_first_logits")
+    start = answers[:1, :1].expand(len(question.states), 1)
+    golden.close(vqa.decoder(start, question.states, question.mask).logits[:, 0], "vqa_rank_first_logits")
     golden.close(kept, "vqa_rank_topk_ids")
     golden.close(scores, "vqa_rank_scores")
     golden.close(kept.gather(1, scores.argmax(1, keepdim=True))[:, 0], "vqa_rank_best")
@@ -166,13 +158,12 @@ def test_contrast_with_momentum(golden, model):
     slow.image.copy_(golden.weights["image_queue"])
     slow.at.copy_(golden.weights["queue_ptr"])
     ids, mask, pixels = (golden.inputs[name] for name in ("input_ids", "attention_mask", "image"))
-    with torch.no_grad():
-        slow.follow(model)
-        text, slow_text = (m.encode_text(ids, mask) for m in (model, slow.model))
-        image, slow_image = (m.encode_image(pixels) for m in (model, slow.model))
-        loss, _, _ = soft_contrast(text, image, slow_text, slow_image, slow.text, slow.image,
-                                   model.heads["contrast"].scale, golden.config["alpha"])  # fmt: skip
-        slow.push(slow_text, slow_image)
+    slow.follow(model)
+    text, slow_text = (m.encode_text(ids, mask) for m in (model, slow.model))
+    image, slow_image = (m.encode_image(pixels) for m in (model, slow.model))
+    loss, _, _ = soft_contrast(text, image, slow_text, slow_image, slow.text, slow.image,
+                               model.heads["contrast"].scale, golden.config["alpha"])  # fmt: skip
+    slow.push(slow_text, slow_image)
     golden.close(loss, "pretrain_loss_ita")
     golden.close(slow.text, "pretrain_text_queue_after")
     golden.close(slow.image, "pretrain_image_queue_after")
@@ -184,8 +175,7 @@ def test_matching_with_the_negatives_given(golden, model, image):
     rows = torch.arange(len(text.states))
     texts = torch.cat([rows, rows, golden.inputs["pretrain_neg_text_for_image"]])
     images = torch.cat([rows, golden.inputs["pretrain_neg_image_for_text"], rows])
-    with torch.no_grad():
-        logits = model.heads["match"](model.fuse(text.rows(texts), image.rows(images)).pooled_text)
+    logits = model.heads["match"](model.fuse(text.rows(texts), image.rows(images)).pooled_text)
     golden.close(F.cross_entropy(logits, (torch.arange(len(texts)) < len(rows)).long()), "pretrain_loss_itm")
 
 

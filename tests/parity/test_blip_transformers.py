@@ -44,26 +44,24 @@ def test_retrieval():
     theirs, ours, report = pair(BlipForImageTextRetrieval, blip.blip_retrieval, blip.HF_KEYS, heads)
     assert report.fresh == ["heads.contrast.temperature"]
     pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        expected = theirs(IDS, pixels, attention_mask=MASK)
-        out = ours(IDS, pixels, MASK)
-        close(out.image, expected.last_hidden_state)
-        close(ours.heads["match"](out.pooled_text), expected.itm_score)
-        cosine = theirs(IDS, pixels, attention_mask=MASK, use_itm_head=False).itm_score
-        close(ours.encode_image(pixels) @ ours.encode_text(IDS, MASK).T, cosine)
+    expected = theirs(IDS, pixels, attention_mask=MASK)
+    out = ours(IDS, pixels, MASK)
+    close(out.image, expected.last_hidden_state)
+    close(ours.heads["match"](out.pooled_text), expected.itm_score)
+    cosine = theirs(IDS, pixels, attention_mask=MASK, use_itm_head=False).itm_score
+    close(ours.encode_image(pixels) @ ours.encode_text(IDS, MASK).T, cosine)
 
 
 def test_captions():
     theirs, ours, _ = pair(BlipForConditionalGeneration, blip.blip_caption, blip.HF_CAPTION_KEYS, {})
     pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        expected = theirs(pixel_values=pixels, input_ids=IDS, attention_mask=MASK).logits
-        logits = ours.decoder(IDS, ours.half_image(pixels).states).logits
-        close(logits[MASK.bool()], expected[MASK.bool()])
-        prompt = torch.tensor([[97, 5, 6]]).expand(2, -1)
-        with_sep = torch.cat([prompt, torch.full((2, 1), 3)], 1)  # transformers cuts the last id of a prompt
-        theirs_ids = theirs.generate(pixels, with_sep, max_length=12, do_sample=False)
-        ours_ids = generate.caption(ours, pixels, prompt, beams=1, max_length=12, min_length=0)
+    expected = theirs(pixel_values=pixels, input_ids=IDS, attention_mask=MASK).logits
+    logits = ours.decoder(IDS, ours.half_image(pixels).states).logits
+    close(logits[MASK.bool()], expected[MASK.bool()])
+    prompt = torch.tensor([[97, 5, 6]]).expand(2, -1)
+    with_sep = torch.cat([prompt, torch.full((2, 1), 3)], 1)  # transformers cuts the last id of a prompt
+    theirs_ids = theirs.generate(pixels, with_sep, max_length=12, do_sample=False)
+    ours_ids = generate.caption(ours, pixels, prompt, beams=1, max_length=12, min_length=0)
     for mine, other in zip(ours_ids.tolist(), theirs_ids.tolist()):
         cut = lambda ids: ids[: ids.index(3)] if 3 in ids else ids  # noqa: E731
         assert cut(mine) == cut(other)
@@ -72,14 +70,13 @@ def test_captions():
 def test_answers():
     theirs, ours, _ = pair(BlipForQuestionAnswering, blip.blip_vqa, blip.HF_VQA_KEYS, {}, wide=32)
     pixels, answers = torch.randn(2, 3, 32, 32), torch.tensor([[97, 11, 12, 3], [97, 13, 3, 0]])
-    with torch.no_grad():
-        image = theirs.vision_model(pixels).last_hidden_state
-        states = theirs.text_encoder(IDS, MASK, encoder_hidden_states=image, return_dict=True).last_hidden_state
-        # all of the question is read: 5.23 was measured to read its padding even where a mask is given, which the
-        # release does not (test_blip.py, vqa_loss, has padded questions)
-        expected = theirs.text_decoder(answers, encoder_hidden_states=states).logits
-        question = generate.ask(ours, IDS, MASK, pixels)
-        logits = ours.decoder(answers, question.states).logits
+    image = theirs.vision_model(pixels).last_hidden_state
+    states = theirs.text_encoder(IDS, MASK, encoder_hidden_states=image, return_dict=True).last_hidden_state
+    # all of the question is read: 5.23 was measured to read its padding even where a mask is given, which the
+    # release does not (test_blip.py, vqa_loss, has padded questions)
+    expected = theirs.text_decoder(answers, encoder_hidden_states=states).logits
+    question = generate.ask(ours, IDS, MASK, pixels)
+    logits = ours.decoder(answers, question.states).logits
     close(question.states[MASK.bool()], states[MASK.bool()])
     close(logits[answers != 0], expected[answers != 0])
 

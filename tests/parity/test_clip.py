@@ -37,11 +37,10 @@ def ours(theirs):
 def test_both_towers_and_the_contrast(theirs, ours, with_mask):
     pixels = torch.randn(3, 3, 32, 32)
     mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]) if with_mask else None
-    with torch.no_grad():
-        expected = theirs(input_ids=IDS, pixel_values=pixels, attention_mask=mask)
-        out = ours(IDS, pixels, mask)
-        text, image = ours.encode_text(IDS, mask), ours.encode_image(pixels)
-        states = theirs.vision_model.post_layernorm(expected.vision_model_output.last_hidden_state)
+    expected = theirs(input_ids=IDS, pixel_values=pixels, attention_mask=mask)
+    out = ours(IDS, pixels, mask)
+    text, image = ours.encode_text(IDS, mask), ours.encode_image(pixels)
+    states = theirs.vision_model.post_layernorm(expected.vision_model_output.last_hidden_state)
     close = lambda a, b: torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)  # noqa: E731
     real = torch.tensor([6, 3, 5])
     for row, length in enumerate(real):

@@ -45,17 +45,15 @@ def run(golden, model):
     def run(ids="input_ids", features="visual_feats", mask=None, model=model):
         i = golden.inputs
         regions = Regions(i[features], i["pos"])
-        with torch.no_grad():
-            return model(i[ids], regions, i["attention_mask"], None if mask is None else i[mask], i["token_type_ids"])
+        return model(i[ids], regions, i["attention_mask"], None if mask is None else i[mask], i["token_type_ids"])
 
     return run
 
 
 def test_embeddings(golden, model):
     i = golden.inputs
-    with torch.no_grad():
-        golden.close(model.text(i["input_ids"], type_ids=i["token_type_ids"]), "embedding_output", i["attention_mask"])
-        golden.close(model.image(Regions(i["visual_feats"], i["pos"])), "visual_embedding")
+    golden.close(model.text(i["input_ids"], type_ids=i["token_type_ids"]), "embedding_output", i["attention_mask"])
+    golden.close(model.image(Regions(i["visual_feats"], i["pos"])), "visual_embedding")
 
 
 def test_states_and_pooled(golden, run):
@@ -72,7 +70,6 @@ def test_states_with_a_mask_of_regions(golden, run):
     golden.close(out.pooled_text, "masked_pooled_output")
 
 
-@torch.no_grad()
 def test_heads(golden, model, run):
     out, heads = run(), model.heads
     golden.close(heads["mlm"](out.text, model.text.words.weight), "lang_logits", golden.inputs["attention_mask"])
@@ -83,7 +80,6 @@ def test_heads(golden, model, run):
         golden.close(regions[ours], f"visual_pred_{theirs}")
 
 
-@torch.no_grad()
 def test_losses(golden, model, run):
     out, heads, i = run("masked_input_ids", "masked_visual_feats"), model.heads, golden.inputs
     words, regions = heads["mlm"](out.text, model.text.words.weight), heads["regions"](out.image)
@@ -101,7 +97,6 @@ def test_losses(golden, model, run):
     golden.close(losses.sum(), "loss_total")
 
 
-@torch.no_grad()
 def test_vqa_head_and_loss(golden):
     c, i = golden.config, golden.inputs
     model = VLModel(sizes(c, lxmert.lxmert_vqa, answers=c["vqa_num_answers"])).eval()
@@ -162,7 +157,6 @@ def close(a, b):
     torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 
 
-@torch.no_grad()
 def test_transformers_pretraining(batch):
     theirs = random_weights(LxmertForPreTraining(LxmertConfig(**HF, visual_loss_normalizer=1 / 0.15)))
     model = VLModel(lxmert.tiny()).eval()
@@ -195,7 +189,6 @@ def test_transformers_pretraining(batch):
     close(total, expected.loss)
 
 
-@torch.no_grad()
 def test_transformers_question_answering(batch):
     theirs = random_weights(LxmertForQuestionAnswering(LxmertConfig(**HF)))
     model = VLModel(sizes(HF | {"hidden_act": "gelu", "visual_pos_dim": 4, "type_vocab_size": 2}, lxmert.lxmert_vqa,

@@ -25,12 +25,6 @@ def build(golden, types=2, heads=None):
     return VLModel(uniter.uniter(text=words, image=regions, segments=segments, heads=heads)).eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model(golden):
     model = build(golden)

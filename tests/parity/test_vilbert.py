@@ -49,7 +49,6 @@ def real(golden):
     return golden.inputs["attention_mask"], golden.inputs["image_attention_mask"]
 
 
-@torch.no_grad()
 def test_states_after_each_co_attention(golden, model, inputs, real):
     i = inputs()
     streams = Streams(model.text(i["input_ids"], type_ids=i["token_type_ids"]), model.image(i["pixel_values"]))
@@ -61,7 +60,6 @@ def test_states_after_each_co_attention(golden, model, inputs, real):
         golden.close(out.image, f"image_after_connection_{n}", real[1])
 
 
-@torch.no_grad()
 def test_states_and_pooled(golden, model, inputs, real):
     out = model(**inputs())
     golden.close(out.text, "text_sequence_output", real[0])
@@ -70,7 +68,6 @@ def test_states_and_pooled(golden, model, inputs, real):
     golden.close(out.pooled_image, "pooled_image")
 
 
-@torch.no_grad()
 def test_heads(golden, model, inputs, real):
     out, heads = model(**inputs()), model.heads
     golden.close(heads["mlm"](out.text, model.text.words.weight), "mlm_logits", real[0])
@@ -78,7 +75,6 @@ def test_heads(golden, model, inputs, real):
     golden.close(heads["aligned"](out.pooled_text, out.pooled_image), "nsp_logits")
 
 
-@torch.no_grad()
 def test_losses(golden, model, inputs):
     i, heads = golden.inputs, model.heads
     out = model(**inputs("masked_input_ids", "masked_image_feat"))
@@ -92,7 +88,6 @@ def test_losses(golden, model, inputs):
     golden.close(aligned[None], "next_sentence_loss")
 
 
-@torch.no_grad()
 def test_loss_of_a_model_that_guesses_features(golden, inputs):
     config = vilbert.from_release(golden.config | {"v_target_size": golden.config["v_feature_size"]})
     model = loaded(config, golden.weights | golden.part("weights.vt1"))
@@ -136,7 +131,6 @@ def asked(golden, twelve, inputs):
     return asked
 
 
-@torch.no_grad()
 def test_states_with_a_task(golden, twelve, asked):
     i = asked()
     out = twelve(**i)
@@ -146,7 +140,6 @@ def test_states_with_a_task(golden, twelve, asked):
     golden.close(out.pooled_image, "tasks_pooled_image")
 
 
-@torch.no_grad()
 def test_heads_of_tasks(golden, twelve, asked):
     i = asked()
     out, heads = twelve(**i), twelve.heads
@@ -163,13 +156,11 @@ def test_heads_of_tasks(golden, twelve, asked):
     golden.close(heads["refer_word"](out.text), "tasks_linguisic_logit", i["attention_mask"])
 
 
-@torch.no_grad()
 def test_two_pictures_of_one_text(golden, twelve, asked):
     out = twelve(**asked(golden.inputs["tasks4_text_rows"], golden.inputs["tasks4_image_rows"]))
     golden.close(twelve.heads["nlvr2"](out.pooled_text, out.pooled_image), "tasks4_vil_binary_prediction")
 
 
-@torch.no_grad()
 def test_vqa_loss(golden, twelve, asked):
     i, target = asked(), golden.inputs["vqa_targets"]
     question = twelve.half_text(i["input_ids"], i["attention_mask"], i["token_type_ids"])

@@ -44,9 +44,8 @@ def model(golden):
 
 @pytest.fixture(scope="module")
 def halves(golden, model):
-    with torch.no_grad():
-        return (model.half_text(golden.inputs["text_ids"], golden.inputs["text_masks"]),
-                model.half_image(golden.inputs["image"], pixel_mask(golden)))  # fmt: skip
+    return (model.half_text(golden.inputs["text_ids"], golden.inputs["text_masks"]),
+            model.half_image(golden.inputs["image"], pixel_mask(golden)))  # fmt: skip
 
 
 def false_mask(golden):
@@ -60,9 +59,8 @@ def test_every_name_is_mapped_or_dropped_on_purpose(golden):
 
 
 def test_embeddings_masks_and_places(golden, model):
-    with torch.no_grad():
-        image, kept, places = model.image.embed(golden.inputs["image"], pixel_mask(golden))
-        text = model.text(golden.inputs["text_ids"]) - model.text.modality
+    image, kept, places = model.image.embed(golden.inputs["image"], pixel_mask(golden))
+    text = model.text(golden.inputs["text_ids"]) - model.text.modality
     assert torch.equal(kept.long(), golden.outputs["image_masks"])
     golden.close(image, "visual_embed", kept)
     golden.close(places, "patch_index", kept[:, 1:])
@@ -71,18 +69,16 @@ def test_embeddings_masks_and_places(golden, model):
 
 def test_states_and_heads(golden, model, halves):
     text, image = halves
-    with torch.no_grad():
-        out = model.fuse(text, image)
-        golden.close(out.text, "text_feats", text.mask)
-        golden.close(out.image, "image_feats", image.mask)
-        golden.close(out.pooled_text, "cls_feats")
-        golden.close(model.heads["match"](out.pooled_text), "itm_logits_pairs")
+    out = model.fuse(text, image)
+    golden.close(out.text, "text_feats", text.mask)
+    golden.close(out.image, "image_feats", image.mask)
+    golden.close(out.pooled_text, "cls_feats")
+    golden.close(model.heads["match"](out.pooled_text), "itm_logits_pairs")
 
 
 def test_masked_words(golden, model, halves):
-    with torch.no_grad():
-        text = model.half_text(golden.inputs["text_ids_mlm"], golden.inputs["text_masks"])
-        logits = model.heads["mlm"](model.fuse(text, halves[1]).text)
+    text = model.half_text(golden.inputs["text_ids_mlm"], golden.inputs["text_masks"])
+    logits = model.heads["mlm"](model.fuse(text, halves[1]).text)
     golden.close(logits, "mlm_logits", text.mask)
     loss = F.cross_entropy(logits.flatten(0, 1), golden.inputs["text_labels_mlm"].flatten(), ignore_index=-100)
     golden.close(loss, "mlm_loss")
@@ -96,8 +92,7 @@ def mixed(golden):
 
 
 def test_matching(golden, model, halves):
-    with torch.no_grad():
-        logits = model.heads["match"](model.fuse(halves[0], model.half_image(*mixed(golden))).pooled_text)
+    logits = model.heads["match"](model.fuse(halves[0], model.half_image(*mixed(golden))).pooled_text)
     golden.close(logits, "itm_logits")
     golden.close(F.cross_entropy(logits, golden.inputs["itm_labels"]), "itm_loss")
 
@@ -106,20 +101,18 @@ def test_answers(golden):
     labels = golden.config["vqav2_label_size"]
     model, report = load(golden, "weights.vqa", heads={"answers": vilt.answers(labels)})
     assert all(name.split(".")[0] in ("mlm_score", "itm_score", "text_embeddings") for name in report.dropped)
-    with torch.no_grad():
-        out = model(golden.inputs["text_ids"], golden.inputs["image"], golden.inputs["text_masks"], pixel_mask(golden))
-        logits = model.heads["answers"](out.pooled_text)
+    out = model(golden.inputs["text_ids"], golden.inputs["image"], golden.inputs["text_masks"], pixel_mask(golden))
+    logits = model.heads["answers"](out.pooled_text)
     golden.close(logits, "vqa_logits")
     golden.close(F.binary_cross_entropy_with_logits(logits, golden.inputs["vqa_targets"]) * labels, "vqa_loss")
 
 
 def test_two_pictures(golden):
     model, _ = load(golden, "weights.nlvr2", heads={"nlvr2": vilt.NLVR2}, image={"images": 2})
-    with torch.no_grad():
-        text = model.half_text(golden.inputs["text_ids"], golden.inputs["text_masks"])
-        first = vilt.picture(model, golden.inputs["image"], pixel_mask(golden))
-        second = vilt.picture(model, golden.inputs["false_image"], false_mask(golden), 1)
-        logits = vilt.compare(model, text, first, second)
+    text = model.half_text(golden.inputs["text_ids"], golden.inputs["text_masks"])
+    first = vilt.picture(model, golden.inputs["image"], pixel_mask(golden))
+    second = vilt.picture(model, golden.inputs["false_image"], false_mask(golden), 1)
+    logits = vilt.compare(model, text, first, second)
     golden.close(logits, "nlvr2_logits")
     golden.close(F.cross_entropy(logits, golden.inputs["nlvr2_labels"]), "nlvr2_loss")
 
@@ -130,8 +123,7 @@ def test_rank_scores_start_as_the_match_head(golden, halves):
     weights["rank_output.weight"], weights["rank_output.bias"] = (
         weights["itm_score.fc.weight"][1:], weights["itm_score.fc.bias"][1:])  # fmt: skip
     load_foreign(ranker, weights, vilt.KEYS)
-    with torch.no_grad():
-        golden.close(ranker.heads["rank"](ranker.fuse(*halves).pooled_text), "rank_scores")
+    golden.close(ranker.heads["rank"](ranker.fuse(*halves).pooled_text), "rank_scores")
 
 
 def test_the_names_read_backwards(golden, model):
@@ -143,9 +135,8 @@ def test_the_names_read_backwards(golden, model):
 
 def test_word_patch_alignment(golden, model, halves):
     text, image = halves[0], model.half_image(*mixed(golden))
-    with torch.no_grad():
-        out = model.fuse(text, image)
-        distance = transport_distance(out.text, out.image, *vilt.align(text.mask, image.mask))
-        loss = 0.1 * alignment_loss(distance, golden.inputs["itm_labels"])
+    out = model.fuse(text, image)
+    distance = transport_distance(out.text, out.image, *vilt.align(text.mask, image.mask))
+    loss = 0.1 * alignment_loss(distance, golden.inputs["itm_labels"])
     golden.close(distance, "wpa_distance")
     golden.close(loss, "itm_wpa_loss")

@@ -25,12 +25,6 @@ def build(c, heads):
     return VLModel(visual_bert.visual_bert(text=words, image=regions, segments=segments, heads=heads)).eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model(golden):
     model = build(golden.config, visual_bert.heads(golden.config["vocab_size"]))

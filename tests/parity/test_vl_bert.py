@@ -26,12 +26,6 @@ def build(golden, heads, pool="first"):
     return VLModel(vl_bert.vl_bert(text=words, image=regions, segments=segments, heads=heads)).eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model(golden):
     c = golden.config["NETWORK"]["VLBERT"]

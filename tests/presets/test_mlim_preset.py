@@ -205,45 +205,10 @@ def test_what_else_is_refused(model):
 
 
 @torch.no_grad()
-def test_a_row_does_not_depend_on_its_padding(model):
-    ids, pixels = batch()
-    mask = torch.ones(3, 7)
-    mask[0, 4:] = 0
-    out = fuse(model, ids, pixels, mask, some_hidden())
-    alone = fuse(model, ids[:1, :4], pixels[:1], hidden=some_hidden()[:1])
-    torch.testing.assert_close(out.text[:1, :4], alone.text, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.image[:1], alone.image, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
 def test_bytes_and_numbers_between_0_and_1_are_the_same_picture(model):
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     a, b = model.half_image(pixels).states, model.half_image(pixels / 255).states
     torch.testing.assert_close(a, b)
-
-
-@torch.no_grad()
-def test_save_and_load_change_nothing(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    again = VLModel.from_pretrained(tmp_path).eval()
-    a, b = fuse(model, *batch(), hidden=some_hidden()), fuse(again, *batch(), hidden=some_hidden())
-    assert torch.equal(a.pooled_text, b.pooled_text)
-    assert torch.equal(model.heads["pixels"](a.image), again.heads["pixels"](b.image))
-
-
-def test_gradient_of_both_losses_reaches_every_parameter():
-    torch.manual_seed(0)
-    model = VLModel(mlim.tiny())
-    ids, pixels = batch()
-    labels = torch.full_like(ids, -100)
-    labels[:, 2:4] = ids[:, 2:4]
-    out = fuse(model, ids.masked_fill(labels >= 0, MASK), pixels, hidden=some_hidden())
-    loss = masked_words(model.heads["mlm"](out.text, model.text.words.weight), labels)
-    loss = loss + pixel_losses(model.heads["pixels"](out.image), pixels).mean()
-    loss.backward()
-    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
-    # nothing in pre-training reads the pooled vector
-    assert [n for n in silent if not n.endswith("key.bias")] == ["poolers.text.dense.weight", "poolers.text.dense.bias"]
 
 
 def test_the_decoder_s_first_picture_is_grey_and_its_losses_those_of_knowing_nothing(model):

@@ -1,4 +1,4 @@
-"""ViLBERT and 12-in-1: sizes of the papers, and what must hold whatever the weights."""
+"""ViLBERT and 12-in-1: the release's configuration, tasks, and what holds of 12-in-1 as of every preset."""
 
 import pytest
 import torch
@@ -10,17 +10,11 @@ from interlace.layers import BOTH, IMAGE, TEXT, Width, co
 from interlace.model import VLModel
 from interlace.presets import vilbert
 
-DEAD = 11_020_800  # of the release's numbers take part in nothing and are not here
 
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def inputs(words=7, regions=5, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    boxes = torch.rand(2, regions, 5, generator=g)
-    return torch.randint(1, 99, (2, words), generator=g), Regions(torch.randn(2, regions, 20, generator=g), boxes)
+def inputs():
+    g = torch.Generator().manual_seed(0)
+    regions = Regions(torch.randn(2, 5, 20, generator=g), torch.rand(2, 5, 5, generator=g))
+    return torch.randint(1, 99, (2, 7), generator=g), regions
 
 
 def tiny_twelve():
@@ -30,24 +24,9 @@ def tiny_twelve():
 
 
 @pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return VLModel(vilbert.tiny()).eval()
-
-
-@pytest.fixture
 def twelve():
     torch.manual_seed(0)
     return VLModel(tiny_twelve()).eval()
-
-
-def test_parameters_as_in_the_release():
-    with torch.device("meta"):
-        pretraining, tasks = VLModel(vilbert.vilbert()), VLModel(vilbert.twelve_in_one())
-    assert count(pretraining) + DEAD == 250_044_029
-    assert count(pretraining) - count(pretraining.heads) + DEAD == 246_726_656
-    assert count(tasks) + DEAD == 268_028_859
-    assert pretraining.fusion_depth == 6
 
 
 def test_the_release_s_configuration_file_gives_the_base_model():
@@ -75,25 +54,11 @@ def test_the_release_s_configuration_file_gives_the_base_model():
     assert vilbert.keys({"text": [IMAGE]})["bert.encoder.v_layer.0.output.dense"] == "schedule.text.0.ffn.down"
 
 
-def test_padding_of_either_stream_changes_nothing(model):
-    ids, regions = inputs()
-    more, extra = inputs(words=3, regions=2, seed=1)
-    long = Regions(torch.cat([regions.features, extra.features], 1), torch.cat([regions.boxes, extra.boxes], 1))
-    text_mask, image_mask = torch.ones(2, 10), torch.ones(2, 7)
-    text_mask[:, 7:], image_mask[:, 5:] = 0, 0
-    with torch.no_grad():
-        a, b = model(ids, regions), model(torch.cat([ids, more], 1), long, text_mask, image_mask)
-    for ours, padded in ((a.text, b.text[:, :7]), (a.image, b.image[:, :5]), (a.pooled_image, b.pooled_image)):
-        torch.testing.assert_close(ours, padded, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("make", [vilbert.tiny, tiny_twelve])
-def test_gradient_reaches_every_parameter(make):
+def test_gradient_of_all_tasks_reaches_every_parameter():
     torch.manual_seed(0)
-    model = VLModel(make())
+    model = VLModel(tiny_twelve())
     ids, regions = inputs()
-    if make is tiny_twelve:
-        ids = model.config.text.with_task(ids, torch.tensor([0, 3]))
+    ids = model.config.text.with_task(ids, torch.tensor([0, 3]))
     out = model(ids, regions)
     states = {"mlm": (out.text, model.text.words.weight), "mrc": (None, out.image), "refer": (None, out.image),
               "refer_word": (out.text,)}  # fmt: skip
@@ -103,10 +68,8 @@ def test_gradient_reaches_every_parameter(make):
     assert [n for n in silent if not n.endswith("attend.key.bias")] == []  # the softmax is blind to it
 
 
-@pytest.mark.parametrize("make", [vilbert.tiny, tiny_twelve])
-def test_save_and_load_change_nothing(make, tmp_path):
-    torch.manual_seed(0)
-    model = VLModel(make()).eval()
+def test_save_and_load_change_nothing(twelve, tmp_path):
+    model = twelve
     model.save_pretrained(tmp_path)
     again, (ids, regions) = VLModel.from_pretrained(tmp_path).eval(), inputs()
     assert again.config.segments == model.config.segments and again.config.text == model.config.text

@@ -156,7 +156,9 @@ def some_regions(spec: RegionEmbedder, rows: int, cells: int, g: torch.Generator
     corners = torch.cat([first, first + 0.1 + torch.rand(rows, cells, 2, generator=g) / 3], -1)
     corners[:, :1] = torch.tensor([0.0, 0, 1, 1])
     boxes = {0: None, 4: corners, 5: seven(corners)[..., [0, 1, 2, 3, 6]], 7: seven(corners)}[spec.boxes]
-    return Regions(features, boxes)
+    # VisualBERT: positions of the words that name a region, two at most, -1 = none
+    named = torch.randint(-1, 4, (rows, cells, 2), generator=g) if spec.boxes == 0 else None
+    return Regions(features, boxes, words=named)
 
 
 class Losses:
