@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bench.common import Row, alternating, faster, keep, load, machine, parser, peak_tensors, show
+from bench.common import Row, alternating, clocked, faster, keep, load, machine, parser, peak_tensors, show
 from interlace import generate
 from interlace.embed.regions import LXMERTRegions, Regions, VisualBERTRegions
 from interlace.embed.words import Words
@@ -446,11 +446,11 @@ MODELS: dict[str, Callable[[Sizes, Batch], Iterator[Case]]] = {
 
 
 # -------------------------------------------------------------------------------------------------------- the command
-def measure(case: Case, repeats: int) -> Row:
+def measure(case: Case, repeats: int, clock: str = "wall") -> Row:
     differs = case.differ()
     if not differs < CLOSE:
         sys.exit(f"{case.model}, {case.task}: the results differ by {differs:.1e}, so there is nothing to compare")
-    before, times = load(), alternating([case.ours, case.other], repeats)
+    before, times = load(), alternating([case.ours, case.other], repeats, clock)
     ratio, spread = faster(*times)
     return {
         "model": case.model, "task": case.task, "rival": case.rival, "faster": ratio, "range": spread,
@@ -461,12 +461,11 @@ def measure(case: Case, repeats: int) -> Row:
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    options = parser(__doc__)
+    options = clocked(parser(__doc__))
     options.add_argument("models", nargs="*", help=f"some of {', '.join(MODELS)}; default all")
     options.add_argument("--layers", type=int, help="of each stack (default 4)")
     options.add_argument("--batch", type=int, help="rows of a batch (default 4)")
     options.add_argument("--task", default="", help="only tasks that begin so, e.g. train")
-    options.add_argument("--threads", type=int, default=2)
     options.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
     given = options.parse_args(argv)
     if unknown := set(given.models) - set(MODELS):
@@ -480,12 +479,13 @@ def main(argv: list[str] | None = None) -> list[Row]:
         torch.manual_seed(0)
         for case in MODELS[name](size, batch):
             if case.task.startswith(given.task):
-                rows.append(measure(case, given.repeats))
+                rows.append(measure(case, given.repeats, given.clock))
     notes = [
         f"{facts['cpu']}, {given.threads} threads, load {facts['load']} at the start; "
         f"torch {facts['packages']['torch']}, transformers {facts['packages']['transformers']}",
         f"float32, width {size.width}, {size.layers} layers a stack, batch {size.batch}, {size.words} words, "
-        f"{size.regions} regions or {size.pixels} pixels; median of {given.repeats} alternating rounds",
+        f"{size.regions} regions or {size.pixels} pixels; {given.clock} time, median of {given.repeats} alternating "
+        "rounds",
         "faster: the other's time over ours, above 1 we are faster, with the range over the rounds; the other is "
         "transformers unless the task says otherwise",
         "MB: peak of the tensors made in one run, weights and optimiser not counted; differs: largest difference of "
@@ -494,7 +494,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     shown = [row | ({} if row["rival"] == "transformers" else {"task": f"{row['task']} ({row['rival']})"})
              for row in rows]  # fmt: skip
     show("Models against transformers", COLUMNS, shown, notes)
-    keep(given.out, {"machine": facts, "threads": given.threads, "sizes": vars(size), "rows": rows})
+    content = {"machine": facts, "threads": given.threads, "clock": given.clock, "sizes": vars(size)}
+    keep(given.out, {**content, "rows": rows})
     return rows
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.common import Row, alternating, faster, keep, load, machine, parser, peak_tensors, show
+from bench.common import Row, alternating, clocked, faster, keep, load, machine, parser, peak_tensors, show
 from interlace.data.batches import Collate, Samples
 from interlace.data.rows import Source
 from interlace.data.sources import open_source
@@ -31,7 +31,8 @@ RECIPES = ["lxmert-small", "visual_bert-small", "vl_bert-small", "vilt-small"]
 COLUMNS = ["recipe", "pass", "shared ms", "separate ms", "faster", "range", "shared MB", "separate MB"]
 
 
-def measure(recipe: str, settings: Settings, source: Source, rows: int, repeats: int) -> list[Row]:
+def measure(recipe: str, settings: Settings, source: Source, rows: int, repeats: int,
+            clock: str = "wall") -> list[Row]:  # fmt: skip
     """One row of figures for each pass that has several objectives."""
     # objectives carry the name they have in their pass, so each side has objects of its own
     together, apart = build_passes(settings, source), build_passes(settings, source)
@@ -44,7 +45,7 @@ def measure(recipe: str, settings: Settings, source: Source, rows: int, repeats:
             continue
         each = [Pass([pair], image=same.image) for pair in same.objectives]
         shared, separate = (step(learner, passes, source, processor, rows) for passes in ([one], each))
-        before, times = load(), alternating([shared, separate], repeats)
+        before, times = load(), alternating([shared, separate], repeats, clock)
         ratio, spread = faster(*times)
         figures.append({
             "recipe": recipe, "pass": " + ".join(objective.key for objective, _ in one.objectives),
@@ -82,26 +83,27 @@ def batch_of(learner: Learner, passes: list[Pass], source: Source, processor: An
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    options = parser(__doc__)
+    options = clocked(parser(__doc__))
     options.add_argument("recipes", nargs="*", default=RECIPES, help=f"files or names; default {' '.join(RECIPES)}")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `interlace train` takes")
     options.add_argument("--rows", type=int, default=16, help="of a batch (default 16)")
-    options.add_argument("--threads", type=int, default=2)
     given = options.parse_args(argv)
     torch.set_num_threads(given.threads)
     facts, rows = machine("torch", "transformers"), []
     for recipe in given.recipes:
         settings = load_settings(recipe, given.set)
         source = open_source(settings.data.source, columns=settings.data.columns or None)
-        rows += measure(recipe, settings, source, given.rows, given.repeats)
+        rows += measure(recipe, settings, source, given.rows, given.repeats, given.clock)
     notes = [
         f"{facts['cpu']}, {given.threads} threads, load {facts['load']} at the start; "
-        f"torch {facts['packages']['torch']}; median of {given.repeats} alternating rounds, {given.rows} rows a step",
+        f"torch {facts['packages']['torch']}; {given.clock} time, median of {given.repeats} alternating rounds, "
+        f"{given.rows} rows a step",
         "faster: the time with separate passes over that with shared ones, with the range over the rounds",
         "MB: peak of the tensors made in one step, weights and optimiser not counted",
     ]
     show("Objectives in one forward", COLUMNS, rows, notes)
-    keep(given.out, {"machine": facts, "threads": given.threads, "rows of a step": given.rows, "rows": rows})
+    content = {"machine": facts, "threads": given.threads, "clock": given.clock, "rows of a step": given.rows}
+    keep(given.out, {**content, "rows": rows})
     return rows
 
 
