@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interlace.config import VLConfig
 from interlace.model import VLModel
-from interlace.objectives.base import Batch, Objective, Others, Pass, Views
+from interlace.objectives.base import Batch, Objective, Pass, Views
+from interlace.objectives.whole import Ahead
 
 
 class Learner(VLModel):
@@ -22,6 +23,7 @@ class Learner(VLModel):
     def __init__(self, config: VLConfig):
         super().__init__(config)
         self.passes: list[Pass] = []
+        self.beside: dict[Objective, nn.Module] = {}  # what objectives keep; a plain dict, so no part of the model
 
     @property
     def objectives(self) -> list[tuple[Objective, float]]:
@@ -43,23 +45,65 @@ class Learner(VLModel):
             return torch.ones((spec.size // spec.patch) ** 2, dtype=torch.bool)
         return torch.zeros(0, dtype=torch.bool)
 
-    def vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Image and caption vectors (B, P) of a batch, in the order in which `forward` computes them first."""
-        views = Views(self, batch)
-        return views.vector("image"), views.vector("caption")
+    # ---------------------------------------------------------------------------- what objectives keep beside the model
 
-    def forward(self, others: Others | None = None, **batch: Any) -> dict[str, Any]:  # type: ignore[override]
+    def attach(self, batch: int, rows: int) -> Learner:
+        """Once, on the device where it trains, before the first step: optimiser steps of `batch` rows over all ranks,
+        out of `rows`. Only objectives that keep something (itc_momentum) need it."""
+        for objective, _ in self.objectives:
+            state = objective.attach(self, batch, rows)
+            if state is not None:
+                self.beside[objective] = state.to(self.device).requires_grad_(False)
+        return self
+
+    def beside_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold beside the model; names as "0.itc_momentum.text"."""
+        return {f"{number}.{objective.key}.{name}": tensor for number, one in enumerate(self.passes)
+                for objective, _ in one.objectives if objective in self.beside
+                for name, tensor in self.beside[objective].state_dict().items()}  # fmt: skip
+
+    @torch.no_grad()
+    def load_beside(self, tensors: dict[str, Tensor]) -> None:
+        """Raises KeyError for one that is missing."""
+        for name, tensor in self.beside_tensors().items():
+            tensor.copy_(tensors[name])
+
+    def before_step(self, epoch: float) -> None:
+        for objective, _ in self.objectives:
+            objective.before_step(self, epoch)
+
+    def after_step(self) -> None:
+        for objective, _ in self.objectives:
+            objective.after_step(self)
+
+    # ---------------------------------------------------------------------------------------------------- a micro-batch
+
+    def looks(self, parts: int) -> bool:
+        """Whether some objective must know all `parts` micro-batches before the first is learned from."""
+        return any(objective.looks(parts) for objective, _ in self.objectives)
+
+    def look(self, batch: Batch, parts: int) -> tuple[dict[Objective, dict[str, Tensor]], list[str]]:
+        """What each objective says of these rows to the other micro-batches, and the order in which the vectors were
+        computed for it."""
         shared = Views(self, batch)
-        shared.others = others
-        if others is not None:  # dropout is replayed from the pass that made the constants: the order must be its own
-            shared.vector("image"), shared.vector("caption")
+        said = {objective: objective.look(self, batch, views) for plan, views in self._drawn(batch, shared)
+                for objective, _ in plan.objectives if objective.looks(parts)}  # fmt: skip
+        return said, shared.order
+
+    def _drawn(self, batch: Batch, shared: Views) -> list[tuple[Pass, Views]]:
+        """The passes of this step."""
+        parts = batch.get("parts") or [{}] * len(self.passes)
+        return [(plan, Views(self, batch, part, plan, shared)) for plan, part in zip(self.passes, parts)
+                if part is not None]  # fmt: skip
+
+    def forward(self, ahead: Ahead | None = None, **batch: Any) -> dict[str, Any]:  # type: ignore[override]
+        shared = Views(self, batch)
+        shared.ahead = ahead
+        for name in ahead.order if ahead else []:
+            shared.vector(name)
         total = torch.zeros((), device=batch["group"].device)
         logs: dict[str, Tensor] = {}
-        parts = batch.get("parts") or [{}] * len(self.passes)
-        for plan, part in zip(self.passes, parts):
-            if part is None:  # another pass was drawn
-                continue
-            views = Views(self, batch, part, plan, shared)
+        for plan, views in self._drawn(batch, shared):
             for objective, weight in plan.objectives:
                 scored = objective.loss(self, batch, views)
                 total = total + weight * scored.loss

@@ -6,8 +6,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from interlace.systems import build_from_run, build_system
 from interlace.warm_start import align_stems
 
 CHECKPOINTS = "checkpoints"
+BESIDE = "beside.safetensors"  # in a checkpoint: what objectives keep and the model does not
 LOG = "log.jsonl"
 
 
@@ -89,22 +90,28 @@ def _objective(name: str, given: dict[str, Any], settings: Settings, source: Sou
 
 
 class VLTrainer(SafeTrainer):
-    """What vision-language training adds to the safe trainer: rows by (epoch, position), learning rates by part, and a
-    contrast whose batch is the whole batch under gradient accumulation."""
+    """What vision-language training adds to the safe trainer: rows by (epoch, position), learning rates by part,
+    objectives that compare all rows of an optimiser step or keep something beside the model, and pictures of a large
+    batch that are read again instead of held."""
 
-    def __init__(self, *args: Any, learner: Learner, settings: Settings, aligned: bool = False, **kwargs: Any):
+    def __init__(self, *args: Any, learner: Learner, settings: Settings, aligned: bool = False, hold: float = 2e9,
+                 **kwargs: Any):  # fmt: skip
+        """`hold`: bytes of pictures of one optimiser step that may stay in main memory."""
         super().__init__(*args, model=learner, **kwargs)
         self.learner, self.settings = learner, settings
         self.skipped: dict[str, str] = {}
         self.asked = 0
-        self.aligned = aligned
-        self._waiting: list[tuple[Any, Others]] = []
+        self.aligned, self.hold = aligned, hold
+        self._ahead: list[Ahead] = []
+        self._partners: dict[Objective, Iterator[dict]] = {}
+        self._left = 0  # micro-batches of this optimiser step
+        self._unsynced: str | None = None  # the checkpoint whose random state is still to be taken up
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
         passes, mix = self.learner.passes, self.settings.train.mix
         shares = [one.share for one in passes] if mix != "sum" and len(passes) > 1 else None
-        rows = self.settings.train.batch * self.args.world_size  # of one optimiser step
-        return EpochSampler(len(self.train_dataset), self.args.seed, shares, rows, mix == "draw")  # type: ignore[arg-type]
+        size = len(self.train_dataset)  # type: ignore[arg-type]
+        return EpochSampler(size, self.args.seed, shares, self.step_rows, mix == "draw")
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -130,57 +137,107 @@ class VLTrainer(SafeTrainer):
                 betas=(0.9, 0.98), eps=1e-6)  # METER's, UNITER's  # fmt: skip
         return self.optimizer
 
+    @property
+    def step_rows(self) -> int:
+        """Rows of one optimiser step over all ranks."""
+        return self.settings.train.batch * self.args.world_size
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._add_totals(samples)
-        self._waiting = self._constants(samples) if len(samples) > 1 and self._contrasts() else []
-        return samples, items
+        """The micro-batches of one optimiser step, and what they must know of each other."""
+        steps_an_epoch = max(1, len(self.train_dataset) // self.step_rows)  # type: ignore[arg-type]
+        self.learner.before_step(self.state.global_step / steps_an_epoch)
+        step = Step(self._read, self.hold if num_batches > 1 else math.inf)
+        counts: list[list[dict[str, Tensor]]] = []
+        taken = self._take(epoch_iterator, num_batches, step, counts)
+        self._ahead, self._partners = [], {}
+        if self.learner.looks(num_batches):
+            if self._unsynced is not None:  # else transformers takes it up only after this
+                self._load_rng_state(self._unsynced)
+            self._ahead = look_ahead(self.learner, taken, num_batches, self.accelerator.autocast)
+            self._find_partners()
+        for _ in taken:  # those that nobody looked at
+            pass
+        self._add_totals(step.rest, counts)
+        self._left = len(step)
+        return step, None
 
-    def _contrasts(self) -> bool:
-        return any(isinstance(objective, ITC) for objective, _ in self.learner.objectives)
+    def _take(self, batches: Iterator[dict], most: int, step: Step, counts: list) -> Iterator[dict]:
+        """Each next batch, ready for the model; afterwards it is in `step`."""
+        for batch in islice(batches, most):
+            counts.append([{} if part is None else one.totals(part, batch)
+                           for one, part in zip(self.learner.passes, batch["parts"])])  # fmt: skip
+            yield self._prepare_input({k: v for k, v in batch.items() if k not in ("ids", "skipped")})
+            step.add(batch)
 
-    def _add_totals(self, samples: list[dict]) -> None:
+    def _read(self, items: list[list[Item]]) -> Iterator[dict]:
+        """The pictures of rows, once more."""
+        if not items:
+            return
+        # a generator of its own: the run's random numbers are not to depend on what had to be read again
+        loader = DataLoader(self.train_dataset, batch_sampler=items, collate_fn=self.data_collator,  # type: ignore
+                            num_workers=self.args.dataloader_num_workers, generator=torch.Generator())  # fmt: skip
+        for batch in loader:
+            yield pictures_of(batch)
+
+    def _find_partners(self) -> None:
+        """Where micro-batches want pictures of rows that others have."""
+        for objective in self._ahead[0].whole if self._ahead else []:
+            wholes = [one.whole[objective] for one in self._ahead]
+            rows = [objective.wants(whole) for whole in wholes]
+            if rows[0] is not None:
+                asked = [items_of(whole.rows["item"][which]) for whole, which in zip(wholes, rows)]
+                self._partners[objective] = self._read(asked)
+
+    def _add_totals(self, samples: list[dict], counts: list[list[dict[str, Tensor]]]) -> None:
         """What each objective scores in the whole batch, over micro-batches and ranks, divided by their number: so that
         the mean of what the micro-batches divide by it is what one process with all rows would have."""
-        for number, one in enumerate(self.learner.passes):
-            parts = [sample["parts"][number] for sample in samples]
-            if not parts or parts[0] is None:
+        for number in range(len(self.learner.passes)):
+            mine = [count[number] for count in counts]
+            if not mine or not mine[0]:
                 continue
-            counts = [one.totals(part, sample) for part, sample in zip(parts, samples)]
-            if not counts[0]:
-                continue
-            summed = torch.stack([torch.stack(list(count.values())) for count in counts]).sum(0).to(self.args.device)
+            summed = torch.stack([torch.stack(list(count.values())) for count in mine]).sum(0).to(self.args.device)
             summed = self.accelerator.reduce(summed, "sum") / (len(samples) * self.args.world_size)
-            for part in parts:
-                part["totals"] = dict(zip(counts[0], summed))
-
-    @torch.no_grad()
-    def _constants(self, samples: list[dict]) -> list[tuple[Any, Others]]:
-        """For each micro-batch: the random state it was encoded with, and the vectors of all the others."""
-        self.learner.train()
-        states, vectors = [], []
-        for sample in samples:
-            sample = self._prepare_inputs(sample)
-            states.append(_random_state())
-            with self.compute_loss_context_manager():
-                image, text = self.learner.vectors(sample)
-            vectors.append((gather(text), gather(image), gather(sample["group"]), gather(sample["caption_real"])))
-        waiting = []
-        for n, state in enumerate(states):
-            rest = [v for m, v in enumerate(vectors) if m != n]
-            text, image, group, real = (torch.cat(column) for column in zip(*rest))
-            waiting.append((state, Others(text, image, group, real, parts=len(samples))))
-        return waiting
+            for sample in samples:
+                sample["parts"][number]["totals"] = dict(zip(mine[0], summed))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         skipped = inputs.pop("skipped")
         self.asked += len(inputs["group"]) + len(skipped)
         self.skipped.update(skipped)
         self._too_many_skipped()
-        if self._waiting:
-            state, inputs["others"] = self._waiting.pop(0)
-            _set_random_state(state)
-        return super().training_step(model, inputs, num_items_in_batch)
+        if self._ahead:
+            ahead = self._ahead.pop(0)
+            for objective, read in self._partners.items():
+                ahead.whole[objective].partners = self._prepare_input(next(read))
+            inputs["ahead"] = ahead
+            set_random_state(ahead.random)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._left -= 1
+        if not self._left:
+            self.learner.after_step()
+        return loss
+
+    # ------------------------------------------------------------------------------- what is kept beside the model
+
+    def _write(self, scratch: Path, final: Path) -> None:
+        super()._write(scratch, final)
+        tensors = self.learner.beside_tensors()
+        if tensors and self.args.should_save:
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, scratch / BESIDE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._unsynced = resume_from_checkpoint
+        if self.learner.beside:
+            try:
+                self.learner.load_beside(load_file(Path(resume_from_checkpoint) / BESIDE))
+            except (OSError, KeyError, RuntimeError) as error:
+                raise UserError(f"{resume_from_checkpoint} does not hold what its objectives keep beside the model: "
+                                f"{error}. Train again, to another train.out.") from None  # fmt: skip
+
+    def _load_rng_state(self, checkpoint) -> None:
+        super()._load_rng_state(checkpoint)
+        self._unsynced = None
 
     def _too_many_skipped(self) -> None:
         if self.asked >= 200 and len(self.skipped) > self.settings.data.max_skipped * self.asked:
@@ -188,16 +245,6 @@ class VLTrainer(SafeTrainer):
             raise UserError(f"{len(self.skipped)} of the first {self.asked} pictures could not be read ({first}, ...): "
                             f"more than data.max_skipped={self.settings.data.max_skipped:.0%}. "
                             "Run `interlace data check`.")  # fmt: skip
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
 
 
 class CollapseAlarm(TrainerCallback):

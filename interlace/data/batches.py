@@ -80,7 +80,8 @@ class Samples(Dataset):
             index = int(self.rows[place])
             row = self.source.pair(index)
             rng = np.random.default_rng([self.seed, epoch, index])
-            sample: dict[str, Any] = {"texts": {}, "id": row.id, "group": group_number(row.group), "skipped": skipped}
+            sample: dict[str, Any] = {"texts": {}, "id": row.id, "group": group_number(row.group), "skipped": skipped,
+                                      "item": torch.tensor([epoch, position, *drawn])}  # fmt: skip
             try:
                 self._show(sample, row, place, rng)
             except BadPicture as bad:
@@ -133,8 +134,8 @@ class Collate:
 
     >>> Collate(processor)([{"pixel_values": (3, 8, 8), "texts": {"caption": "a cat"}, "group": 7, ...}, ...])
     {"pixel_values": uint8 (B, 3, 8, 8), "caption_ids": (B, T), "caption_mask": (B, T), "caption_real": (B,) bool,
-     "group": (B,), "ids": [row ids], "skipped": [(id, reason)], "parts": [one dict a pass, None = not drawn], and what
-     the objectives added, stacked}
+     "group": (B,), "item": (B, 2 or 3) what was asked of `Samples`, "ids": [row ids], "skipped": [(id, reason)],
+     "parts": [one dict a pass, None = not drawn], and what the objectives added, stacked}
 
     `passes`: those of the samples. `cells` (I,) bool: which cells of a picture may be hidden, where all have as many.
     `boxes`: of stored regions, how many numbers a box has and whether the whole picture comes first.
@@ -191,9 +192,9 @@ class Collate:
 
 
 class EpochSampler(Sampler):
-    """Yields (epoch, position) in an order drawn by (seed, epoch). `shares`: one pass is drawn for each `rows`
-    positions in a row, those of one optimiser step over all ranks, and yielded as the third number; `draw` False: they
-    take turns, as often as their shares say."""
+    """Yields (epoch, position) in an order drawn by (seed, epoch), as many as fill optimiser steps of `rows` over all
+    ranks: what is left over waits for an epoch whose order has it earlier. `shares`: one pass is drawn for each step
+    and yielded as the third number; `draw` False: they take turns, as often as their shares say."""
 
     def __init__(self, size: int, seed: int, shares: list[float] | None = None, rows: int = 1, draw: bool = True):
         self.size, self.seed, self.epoch = size, seed, 0
@@ -203,13 +204,13 @@ class EpochSampler(Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size
+        return self.size // self.rows * self.rows
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)[: len(self)]
         if not self.shares:
             return iter((self.epoch, int(n)) for n in order)
-        drawn = self.passes(-(-self.size // self.rows))
+        drawn = self.passes(self.size // self.rows)
         return iter((self.epoch, int(n), drawn[at // self.rows]) for at, n in enumerate(order))
 
     def passes(self, steps: int) -> list[int]:

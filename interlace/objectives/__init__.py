@@ -1,7 +1,7 @@
 """Objectives: one file each."""
 
 from interlace.objectives.answers import AnswerQuestions
-from interlace.objectives.base import Batch, Objective, Others, Pass, Scored, Views, build_objective
+from interlace.objectives.base import Batch, Objective, Pass, Scored, Views, build_objective
 from interlace.objectives.binding import Binding
 from interlace.objectives.itc import ITC
 from interlace.objectives.itm import ITM
@@ -13,5 +13,5 @@ from interlace.objectives.vqa import VQA
 from interlace.objectives.wra import WPA, WRA
 
 __all__ = ["ITC", "ITM", "MAM", "MLM", "MRC", "MRCKL", "MRFR", "MVRC", "VQA", "WPA", "WRA", "AnswerQuestions", "Batch",
-           "Binding", "ModalityDropout", "Objective", "Others", "Pass", "Recon", "Scored", "Views",
+           "Binding", "ModalityDropout", "Objective", "Pass", "Recon", "Scored", "Views",
            "build_objective"]  # fmt: skip

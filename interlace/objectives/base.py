@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interlace.embed.regions import Regions
 from interlace.errors import UserError, suggest
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from interlace.data.processor import Processor
     from interlace.data.rows import Pair
     from interlace.embed.base import Embedder
+    from interlace.objectives.whole import Ahead, Whole
 
 Batch = dict[str, Any]
 
@@ -41,12 +42,21 @@ class Views:
         self.model, self.batch, self.part, self.plan = model, batch, part or {}, plan
         self._halves: dict[str, Half] = {} if shared is None else shared._halves
         self._vectors: dict[str, Tensor] = {} if shared is None else shared._vectors
-        self.others: Others | None = None if shared is None else shared.others  # see itc.py
+        self.ahead: Ahead | None = None if shared is None else shared.ahead
         self._fused: VLOutput | None = None
 
     @property
     def size(self) -> int:
         return len(self.batch["group"])
+
+    @property
+    def order(self) -> list[str]:
+        """Names of the vectors, in the order in which they were computed."""
+        return list(self._vectors)
+
+    def whole(self, objective: Objective) -> Whole | None:
+        """What the objective asked to know of the other rows of the optimiser step; None where it is all in here."""
+        return None if self.ahead is None else self.ahead.whole.get(objective)
 
     def image(self) -> Half:
         if "image" not in self._halves:
@@ -122,17 +132,6 @@ class Views:
 
 
 @dataclass
-class Others:
-    """Vectors of the batch's other micro-batches, as constants."""
-
-    text: Tensor  # (R, P)
-    image: Tensor  # (R, P)
-    group: Tensor  # (R,)
-    real: Tensor  # (R,) bool, False = a row without caption
-    parts: int = 1  # micro-batches per optimiser step, this one included
-
-
-@dataclass
 class Scored:
     """A loss and what is logged beside it, by name."""
 
@@ -190,6 +189,44 @@ class Objective:
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         raise TypeError(f"{type(self).__name__} has to write its loss()")
+
+    # ----------------------------------------------------- where a row's loss depends on other rows: see whole.py
+
+    def check_batch(self, batch: int, micro: int, rows: int) -> None:
+        """Raises UserError when it cannot learn from optimiser steps of `batch` rows over all ranks, `micro` at a time
+        on one, out of `rows`."""
+
+    def looks(self, parts: int) -> bool:
+        """Whether it must know the whole step before the first of `parts` micro-batches is learned from."""
+        return False
+
+    def look(self, model: VLModel, batch: Batch, views: Views) -> dict[str, Tensor]:
+        """Without gradient: what the step's other rows must know of these, each (B, ...)."""
+        return {}
+
+    def settle(self, model: VLModel, rows: dict[str, Tensor]) -> Any:
+        """Once a step: what `look` said of all N rows, (N, ...) -> anything that `loss` finds as
+        `views.whole(self).settled`."""
+        return None
+
+    def wants(self, whole: Whole) -> Tensor | None:
+        """(B,) numbers of rows of the whole batch whose pictures it wants as `whole.partners`; then its `look` says
+        `item` too."""
+        return None
+
+    # ------------------------------------------------------------ what it keeps beside the model, from step to step
+
+    def attach(self, model: VLModel, batch: int, rows: int) -> nn.Module | None:
+        """State that training needs and the saved model does not (a slow copy, a queue), for optimiser steps of `batch`
+        rows out of `rows`. Found as `model.beside[self]`; checkpoints hold its `state_dict()`."""
+        return None
+
+    def before_step(self, model: VLModel, epoch: float) -> None:
+        """Before the first forward of an optimiser step. `epoch`: how many have passed, 0.5 in the middle of the
+        first."""
+
+    def after_step(self, model: VLModel) -> None:
+        """After the last backward of an optimiser step."""
 
 
 @dataclass

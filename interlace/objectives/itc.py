@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from interlace.errors import UserError
 from interlace.model import VLModel
 from interlace.objectives.base import Batch, Objective, Scored, Views, cross_entropy_soft, mean
+from interlace.objectives.whole import Cached, cached, gather
 
 
 class ITC(Objective):
@@ -19,72 +20,90 @@ class ITC(Objective):
     when every row is a group of its own).
 
     Rows of one `group` are positives of each other, never negatives. The batch is the global one: vectors are gathered
-    from all ranks with gradients, and under gradient accumulation the other micro-batches stand in as constants, which
-    gives the gradient of the whole batch (the sum over micro-batches of the derivative by that micro-batch's vectors).
+    from all ranks with gradients, and under gradient accumulation the gradient is cached (whole.py), which gives that
+    of the whole batch.
     """
 
     name = "itc"
     head = "contrast"
 
     def __init__(self, size: int = 256, temperature: float = 0.07):
-        self.size, self.temperature = size, temperature
+        self.size, self.temperature = size, checked_temperature(self.name, temperature)
 
     def head_options(self) -> dict:
         return {"size": self.size, "temperature": self.temperature}
+
+    def check_batch(self, batch: int, micro: int, rows: int) -> None:
+        at_least_two(self.name, batch)
 
     def prepare(self, sample, row, index, draw, rng) -> None:
         sample["texts"]["caption"] = row.caption
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
-        text, image, group = views.vector("caption"), views.vector("image"), batch["group"]
-        real = batch["caption_real"]
-        parts, scale = 1, model.contrast.scale
-        if views.others is not None:
-            parts = views.others.parts
-            scale = scale / parts + scale.detach() * (1 - 1 / parts)  # it is differentiated once per micro-batch
-        text, image, group, real = gather(text, True), gather(image, True), gather(group), gather(real)
-        if views.others is not None:
-            text, image = torch.cat([text, views.others.text]), torch.cat([image, views.others.image])
-            group, real = torch.cat([group, views.others.group]), torch.cat([real, views.others.real])
-        loss, logs = contrast(text, image, group, real, scale)
-        if parts > 1:  # the trainer will divide by the number of micro-batches, but each gives only its own derivative
-            loss = loss * parts - (loss * (parts - 1)).detach()
-        return Scored(loss, logs)
+        text, image, scale = views.vector("caption"), views.vector("image"), model.contrast.scale
+        whole = views.whole(self)
+        if whole is None:
+            rows = gather(text, True), gather(image, True), gather(batch["group"]), gather(batch["caption_real"])
+            return Scored(*contrast(*rows, scale))
+        known: Cached = whole.settled
+        return Scored(known.loss(whole.own, whole.shares, text, image, [scale]), logs(known.value, known.sums))
+
+    def looks(self, parts: int) -> bool:
+        return parts > 1
+
+    def look(self, model: VLModel, batch: Batch, views: Views) -> dict[str, Tensor]:
+        return {"image": views.vector("image"), "text": views.vector("caption"), "group": batch["group"],
+                "real": batch["caption_real"]}  # fmt: skip
+
+    def settle(self, model: VLModel, rows: dict[str, Tensor]) -> Cached:
+        def share(of: slice, text: Tensor, image: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return contrast_rows(of, text, image, rows["group"], rows["real"], scale)
+
+        return cached(share, rows["text"], rows["image"], [model.contrast.scale])
 
 
 def contrast(text: Tensor, image: Tensor, group: Tensor, real: Tensor,
              scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """text, image (N, P) normalised; group (N,) int; real (N,) bool, False = no caption, in no sum -> loss, logs."""
-    logits = scale * text @ image.T  # (N, N)
-    together = (group[:, None] == group[None, :]) & real[:, None] & real[None, :]
-    closed = ~(real[:, None] & real[None, :])
-    logits = logits.masked_fill(closed, -1e4)  # finite: a row without caption must not make NaN gradients
-    target = together / together.sum(-1, keepdim=True).clamp(min=1)  # (N, N)
+    loss, sums = contrast_rows(slice(None), text, image, group, real, scale)
+    return loss, logs(loss.detach(), sums)
+
+
+def contrast_rows(of: slice, text: Tensor, image: Tensor, group: Tensor, real: Tensor,
+                  scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The part of the loss that the texts and the pictures of the slice `of` give, looking for their partners among
+    all N; and how many were right, of how many."""
+    mine = real[of]  # (R,)
+    together = (group[of, None] == group[None, :]) & mine[:, None] & real[None, :]  # (R, N)
+    closed = ~(mine[:, None] & real[None, :])
+    target = together / together.sum(-1, keepdim=True).clamp(min=1)
     count = real.sum().clamp(min=1)
-    # the target is symmetric in support
-    by_text, by_image = cross_entropy_soft(logits, target), cross_entropy_soft(logits.T, target)
-    loss = ((by_text * real).sum() + (by_image * real).sum()) / (2 * count)
-    with torch.no_grad():
-        top_t = together.gather(1, logits.argmax(1, keepdim=True))[:, 0].float()
-        top_i = together.gather(1, logits.argmax(0)[:, None])[:, 0].float()
-        logs = {
-            "itc": loss.detach(),
-            "itc_accuracy": (mean(top_t, real) + mean(top_i, real)) / 2,
-            "itc_chance": torch.log(count.float()),
-        }
-    return loss, logs
+    loss, right = torch.zeros((), device=text.device), torch.zeros((), device=text.device)
+    for asked, found in ((text, image), (image, text)):
+        with torch.autocast(text.device.type, enabled=False):
+            logits = scale * asked[of] @ found.T  # (R, N)
+        logits = logits.masked_fill(closed, -1e4)  # finite: a row without caption must not make NaN gradients
+        loss = loss + (cross_entropy_soft(logits, target) * mine).sum() / (2 * count)
+        with torch.no_grad():
+            top = together.gather(1, logits.argmax(1, keepdim=True))[:, 0].float()
+            right = right + mean(top, mine) * mine.sum() / 2
+    return loss, {"right": right, "rows": mine.sum().float()}
 
 
-def gather(x: Tensor, with_gradient: bool = False) -> Tensor:
-    """(B, ...) of every rank -> (W * B, ...). Every rank then holds the whole loss; the backward of the gather sums the
-    ranks' gradients and data-parallel averaging divides by W, which leaves the gradient of one process with the whole
-    batch. Ranks must have equally many rows."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return x
-    if with_gradient:
-        from torch.distributed.nn.functional import all_gather
+def logs(loss: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    count = sums["rows"].clamp(min=1)
+    return {"itc": loss, "itc_accuracy": sums["right"] / count, "itc_chance": torch.log(count)}
 
-        return torch.cat(list(all_gather(x.contiguous())))
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+
+def checked_temperature(name: str, temperature: float) -> float:
+    """Raises UserError where the head's scale, which is kept between 1 and 100, could not start."""
+    if not 0.01 <= temperature <= 1:
+        raise UserError(f"{name}.temperature is where similarities' divisor starts, from 0.01 to 1; "
+                        f"got {temperature}.")  # fmt: skip
+    return temperature
+
+
+def at_least_two(name: str, batch: int) -> None:
+    if batch < 2:
+        raise UserError(f"{name} tells the rows of a batch apart, and a batch of {batch} has nothing to tell: "
+                        "set train.batch to 2 or more.")  # fmt: skip
