@@ -89,6 +89,17 @@ class ViLTPatchEmbedding(PatchEmbedding):
             key, longest = key + (~kept), self.most
         return key.argsort(dim=1, stable=True)[:, :longest]
 
+    def stretched(self, real: Tensor) -> Tensor:
+        """Mask of patches (B, h, w) -> the positions of each picture's own grid (B, D, h, w), zero in padding. They are
+        stretched once for each shape among the pictures."""
+        table = self.positions[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)  # (1, D, s, s)
+        high, wide = real[:, :, 0].sum(1), real[:, 0].sum(1)  # (B,)
+        out = table.new_zeros(len(real), table.shape[1], *real.shape[1:])
+        for h, w in set(zip(high.tolist(), wide.tolist())):
+            grid = F.interpolate(table, (h, w), mode="bilinear", align_corners=True)  # (1, D, h, w)
+            out[(high == h) & (wide == w), :, :h, :w] = grid
+        return out
+
     def embed(self, pixels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """-> patches with positions (B, 1+K, D), their mask (B, 1+K), and their row and column (B, K, 2)."""
         check_pixels(pixels, self.patch)
@@ -98,12 +109,8 @@ class ViLTPatchEmbedding(PatchEmbedding):
         cells = self.project(pixels)  # (B, D, h, w)
         width = cells.shape[-1]
         real = self.grid(mask) if mask is not None else torch.ones_like(cells[:, 0], dtype=torch.bool)
-        table = self.positions[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)  # (1, D, s, s)
-        positions = torch.zeros_like(cells)
-        for row, (h, w) in enumerate(zip(real[:, :, 0].sum(1).tolist(), real[:, 0].sum(1).tolist())):
-            positions[row, :, :h, :w] = F.interpolate(table, (h, w), mode="bilinear", align_corners=True)[0]
         order = self.order(real)  # (B, K)
-        x = (cells + positions).flatten(2).transpose(1, 2)  # (B, h*w, D)
+        x = (cells + self.stretched(real if mask is not None else real[:1])).flatten(2).transpose(1, 2)  # (B, h*w, D)
         x = x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         first = (self.first + self.positions[:, :1]).expand(len(x), -1, -1)
         kept = torch.cat([torch.ones_like(order[:, :1], dtype=torch.bool), real.flatten(1).gather(1, order)], 1)
