@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
 
 from interlace.checkpoints import SafeTrainer, newest_complete
 from interlace.compose import compose
@@ -24,7 +26,7 @@ from interlace.data.sources import open_source
 from interlace.data.states import States, frozen_states
 from interlace.errors import Stopped, UserError, suggest
 from interlace.learner import Learner
-from interlace.objectives import ITC, Objective, Others, Pass, build_objective
+from interlace.objectives import Objective, Pass, build_objective
 from interlace.objectives.base import check_options, check_type
 from interlace.objectives.itc import gather
 from interlace.run import MARK, Run, save_run, write_json
@@ -308,16 +310,21 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         for line in source.describe_columns():
             print(line)
     rows = len(source.indices("train"))
-    if rows < t.batch:
-        raise UserError(f"the train split of {source.name} has {rows} rows, fewer than one batch of {t.batch}: set "
-                        f"train.batch={max(2, rows // 2)}.")  # fmt: skip
+    arguments = _arguments(settings, out)
+    whole = t.batch * arguments.world_size  # rows of an optimiser step
+    if rows < whole:
+        ranks = f" on each of {arguments.world_size} ranks" if arguments.world_size > 1 else ""
+        raise UserError(f"the train split of {source.name} has {rows} rows, fewer than one batch of {t.batch}{ranks}: "
+                        f"set train.batch={max(2, rows // 2 // arguments.world_size)}.")  # fmt: skip
     passes = build_passes(settings, source)
     learner, processor = (make or make_learner)(settings, passes)
-    arguments = _arguments(settings, out)
     learner.to(arguments.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     states, aligned = _prepare_stems(settings, source, learner, processor)
     samples = Samples(source, "train", processor, passes, t.seed, states=states)
     out.mkdir(parents=True, exist_ok=True)
+    for one in passes:
+        for objective, _ in one.objectives:
+            objective.check_batch(whole, t.batch // t.accumulate, rows)
     settings.save(out / "config.yaml")
     write_json(out / "data.json", describe_data(source))
     trainer = VLTrainer(learner=learner, settings=settings, aligned=aligned, args=arguments, train_dataset=samples,

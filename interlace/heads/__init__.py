@@ -10,11 +10,14 @@ from interlace.errors import UserError, suggest
 from interlace.heads.pair import Answers, Contrast, Match
 from interlace.heads.pixels import Pixels
 from interlace.heads.predict import Linear, Tied, Transformed
+from interlace.heads.sigmoid import SigmoidContrast
 
 HEADS: dict[str, type[nn.Module]] = {"contrast": Contrast, "match": Match, "answers": Answers, "linear": Linear,
-                                     "transformed": Transformed, "tied": Tied, "pixels": Pixels}  # fmt: skip
+                                     "transformed": Transformed, "tied": Tied, "pixels": Pixels,
+                                     "sigmoid_contrast": SigmoidContrast}  # fmt: skip
 
-__all__ = ["HEADS", "Answers", "Contrast", "Linear", "Match", "Pixels", "Tied", "Transformed", "build_head"]
+__all__ = ["HEADS", "Answers", "Contrast", "Linear", "Match", "Pixels", "SigmoidContrast", "Tied", "Transformed",
+           "build_head"]  # fmt: skip
 
 
 def build_head(name: str, options: dict[str, Any], text: int, image: int) -> nn.Module:

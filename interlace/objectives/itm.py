@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from interlace.errors import UserError
-from interlace.model import VLModel
+from interlace.model import Half, VLModel
 from interlace.objectives.base import Batch, Objective, Scored, Views
+from interlace.objectives.whole import PAIRS, Whole, world
 
 
 class ITM(Objective):
@@ -23,12 +24,19 @@ class ITM(Objective):
       drawn  each row brings a caption of another group, drawn by (seed, epoch, row): a row's loss depends on that row
              alone, so neither accumulation nor the number of ranks changes it (Lu et al. 2019; Tan & Bansal 2019).
       hard   for each text a wrong picture of the batch and for each picture a wrong text, drawn in proportion to
-             exp(contrast similarity) (BLIP, arXiv:2201.12086, section 3.2). Needs itc; drawn within the micro-batch.
+             exp(contrast similarity) (BLIP, arXiv:2201.12086, section 3.2). Needs itc, itc_momentum or itc_sigmoid.
       both   the two together.
       swap   in the pass's shared forward: a share `rate` of the rows reads another group's caption instead of its own,
              hidden words and all (LXMERT, VisualBERT, UNITER: 0.5). Costs no forward of its own.
     A negative never comes from the row's own group. A batch that has nothing but one group has no hard negatives and
     scores its positives alone.
+
+    `among`, where the hard ones are looked for:
+      micro  in the micro-batch of this rank. Costs nothing more, and the choice gets smaller under accumulation.
+      batch  in all micro-batches of all ranks, as in BLIP's fine-tuning for COCO. The chosen texts and pictures are
+             encoded again, the pictures read again: about twice the halves. The loss and its gradient are those of one
+             process with the whole batch, but for dropout, which falls elsewhere on what is encoded a second time.
+    Lots are drawn by (seed, epoch, row).
     """
 
     name = "itm"
@@ -36,19 +44,27 @@ class ITM(Objective):
     stage = 1
     match: ClassVar[int] = 1  # the class that says "match"
 
-    def __init__(self, negatives: str = "drawn", rate: float = 0.5):
+    def __init__(self, negatives: str = "drawn", rate: float = 0.5, among: str = "micro"):
         if negatives not in ("drawn", "hard", "both", "swap"):
             raise UserError(f"{self.name}.negatives is drawn, hard, both or swap; got {negatives!r}.")
         if not 0 < rate < 1:
             raise UserError(f"{self.name}.rate is the share of swapped captions, above 0 and below 1; got {rate}.")
-        self.negatives, self.rate = negatives, rate
+        if among not in ("micro", "batch"):
+            raise UserError(f"{self.name}.among is micro or batch; got {among!r}.")
+        self.negatives, self.rate, self.among = negatives, rate, among
         self.fused = negatives == "swap"  # type: ignore[misc]  # of an instance: the other modes fuse rows of their own
 
     def check(self, model: VLModel) -> None:
         super().check(model)
         if self.negatives in ("hard", "both") and "contrast" not in model.heads:
-            raise UserError("itm with hard negatives ranks them by contrast similarity: add the itc objective, or set "
-                            "objectives.itm.negatives=drawn.")  # fmt: skip
+            raise UserError(f"{self.name} with hard negatives ranks them by contrast similarity: add the itc objective "
+                            f"(or itc_momentum, itc_sigmoid), or set objectives.{self.name}.negatives=drawn.")
+
+    def check_batch(self, batch: int, micro: int, rows: int) -> None:
+        looked = batch if self.among == "batch" else micro
+        if self.negatives in ("hard", "both") and looked < 2:
+            raise UserError(f"{self.name} looks for hard negatives among the {looked} row of a micro-batch: set "
+                            f"objectives.{self.name}.among=batch, or lower train.accumulate.")  # fmt: skip
 
     def prepare(self, sample, row, index, draw, rng) -> None:
         if self.negatives == "swap":
@@ -60,6 +76,8 @@ class ITM(Objective):
         sample["texts"]["caption"] = row.caption
         if self.negatives != "hard":
             sample["texts"]["other"] = draw.caption_of_another_group(row.group, rng)
+        if self.negatives != "drawn":
+            sample["part"]["lots"] = torch.tensor(rng.random(2), dtype=torch.float32)
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         return self.swapped(model, batch, views) if self.negatives == "swap" else self.beside(model, batch, views)
@@ -83,7 +101,15 @@ class ITM(Objective):
             images.append(rows)
             labels.append(torch.zeros_like(rows))
             weight.append(real & batch["other_real"])
-        if self.negatives != "drawn":
+        whole = views.whole(self)
+        if self.negatives != "drawn" and whole is not None:
+            wrong_text, _, found = (chosen[whole.own] for chosen in whole.settled)
+            texts += [text, self.text_of(model, whole.rows, wrong_text)]
+            image = image.join(Views(model, whole.partners or {}).image())
+            images += [rows + len(rows), rows]
+            labels += [torch.zeros_like(rows)] * 2
+            weight += [found & real] * 2
+        elif self.negatives != "drawn":
             wrong_text, wrong_image, found = self.mine(model, batch, views)
             texts += [text, text.rows(wrong_text)]
             images += [wrong_image, rows]
@@ -114,14 +140,57 @@ class ITM(Objective):
         return {name: loss.detach(), f"{name}_accuracy": balanced, f"{name}_positive": share}
 
     def mine(self, model: VLModel, batch: Batch, views: Views) -> tuple[Tensor, Tensor, Tensor]:
-        """Row -> a wrong text (B,), a wrong image (B,), and whether there is one at all (B,)."""
+        """Row -> a wrong text (B,), a wrong image (B,), and whether there is one at all (B,); among these rows."""
         with torch.no_grad():
-            sim = model.contrast.scale * views.vector("caption") @ views.vector("image").T  # (B text, B image)
-            group, real = batch["group"], batch["caption_real"]
-            wrong = group[:, None] != group[None, :]
-            to_image = torch.softmax(sim, 1) * wrong + 1e-8 * wrong
-            to_text = (torch.softmax(sim.T, 1) + 1e-8) * wrong * real[None, :]
-            found = wrong.any(1) & (wrong & real[None, :]).any(1)
-            # a row that has no negative still needs a distribution to draw from; `found` takes it out of the loss
-            to_image, to_text = to_image + (~found)[:, None], to_text + (~found)[:, None]
-            return torch.multinomial(to_text, 1)[:, 0], torch.multinomial(to_image, 1)[:, 0], found
+            lots = views.part.get("lots")
+            lots = torch.rand(views.size, 2, device=batch["group"].device) if lots is None else lots
+            return hard_negatives(slice(None), views.vector("caption"), views.vector("image"), batch["group"],
+                                  batch["caption_real"], lots, model.contrast.scale)  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------ among the whole batch
+
+    def looks(self, parts: int) -> bool:
+        return self.among == "batch" and self.negatives in ("hard", "both") and (parts > 1 or world() > 1)
+
+    def look(self, model: VLModel, batch: Batch, views: Views) -> dict[str, Tensor]:
+        words = {key: batch[key] for key in ("caption_ids", "caption_states", "caption_mask") if key in batch}
+        return {"image": views.vector("image"), "text": views.vector("caption"), "group": batch["group"],
+                "real": batch["caption_real"], "lots": views.part["lots"], "item": batch["item"], **words}  # fmt: skip
+
+    @torch.no_grad()
+    def settle(self, model: VLModel, rows: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        n = len(rows["group"])
+        known = [rows[name] for name in ("text", "image", "group", "real", "lots")]
+        block = max(1, PAIRS // n)
+        chosen = [hard_negatives(slice(at, at + block), *known, model.contrast.scale) for at in range(0, n, block)]
+        return tuple(torch.cat(column) for column in zip(*chosen))
+
+    def wants(self, whole: Whole) -> Tensor:
+        return whole.settled[1][whole.own]
+
+    def text_of(self, model: VLModel, rows: dict[str, Tensor], which: Tensor) -> Half:
+        """The texts of rows of the whole batch, encoded here."""
+        return Views(model, {key: x[which] for key, x in rows.items() if key.startswith("caption_")}).text("caption")
+
+
+def hard_negatives(of: slice, text: Tensor, image: Tensor, group: Tensor, real: Tensor, lots: Tensor,
+                   scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """text, image (N, P), group, real (N,), lots (N, 2) from 0 to below 1. For the R rows of the slice `of`: the number
+    of a wrong text (R,), of a wrong image (R,), and whether there is one at all (R,) bool."""
+    wrong = group[of, None] != group[None, :]  # (R, N)
+    with torch.autocast(text.device.type, enabled=False):
+        to_image = (torch.softmax(scale * text[of] @ image.T, 1) + 1e-8) * wrong
+        to_text = (torch.softmax(scale * image[of] @ text.T, 1) + 1e-8) * wrong * real[None, :]
+    found = wrong.any(1) & (wrong & real[None, :]).any(1)
+    # a row that has no negative still needs a distribution to draw from; `found` takes it out of the loss
+    to_image, to_text = to_image + (~found)[:, None], to_text + (~found)[:, None]
+    return chosen_by(lots[of, 0], to_text), chosen_by(lots[of, 1], to_image), found
+
+
+def chosen_by(lot: Tensor, share: Tensor) -> Tensor:
+    """lot (R,) from 0 to below 1, share (R, N) not negative -> (R,) columns, each as often as its share says."""
+    upto = share.cumsum(1)
+    everything = upto[:, -1:]
+    # strictly below the sum, rounded or not: so a share of zero is never chosen
+    at = torch.minimum(lot[:, None] * everything, everything * (1 - 1e-6))
+    return torch.searchsorted(upto, at, right=True)[:, 0]
