@@ -24,7 +24,7 @@ from interlace.learner import Learner
 from interlace.objectives.base import Batch, Objective, Views
 from interlace.settings import Settings
 from interlace.towers import quiet
-from interlace.train import build_passes, make_learner, trainer_steps
+from interlace.train import build_passes, make_learner, shape_of, stored_regions, trainer_steps
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 BY_HEART = 8  # rows
@@ -89,8 +89,9 @@ def examine(settings: Settings, source: Source | None = None, seconds: float = 1
     texts(report, source, processor)
     batches(report, settings, learner, source)
     ids(report, learner, processor)
-    samples = Samples(source, "train", processor, passes, t.seed, augment=False)
-    collate = Collate(processor, None, passes, learner.cells_to_hide())
+    regions = stored_regions(settings, source)
+    samples = Samples(source, "train", processor, passes, t.seed, augment=False, regions=regions)
+    collate = Collate(processor, None, passes, learner.cells_to_hide(), shape_of(processor))
     few = moved(collate([samples[0, n] for n in of_different_groups(source, samples)]), learner.device)
     step(report, settings, learner, samples, collate, rows)
     by_heart(report, learner, processor, few, seconds, progress)

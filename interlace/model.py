@@ -34,10 +34,15 @@ class Half(NamedTuple):
 
     def join(self, other: Half) -> Half:
         """The rows of both, one under the other; the shorter is padded. Raises nothing: lengths may differ."""
-        long = max(self.states.shape[1], other.states.shape[1])
-        if self.states.shape[1] == other.states.shape[1] and self.mask is None and other.mask is None:
-            return Half(torch.cat([self.states, other.states]), None)
-        parts = [half.padded(long) for half in (self, other)]
+        return Half.stack([self, other])
+
+    @staticmethod
+    def stack(halves: list[Half]) -> Half:
+        """The rows of all, one under the other; the shorter are padded."""
+        long = max(half.states.shape[1] for half in halves)
+        if all(half.mask is None and half.states.shape[1] == long for half in halves):
+            return Half(torch.cat([half.states for half in halves]), None)
+        parts = [half.padded(long) for half in halves]
         return Half(torch.cat([p.states for p in parts]), torch.cat([p.mask for p in parts]))  # type: ignore[misc]
 
     def padded(self, length: int) -> Half:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ from torch import Tensor
 
 from interlace import __version__
 from interlace.data.processor import PROCESSOR_FILE, Processor
+from interlace.embed.regions import Regions
 from interlace.errors import UserError
-from interlace.model import VLModel
+from interlace.model import Half, VLModel
+from interlace.regions.collate import collate_regions
+from interlace.regions.extract import Extractor
+from interlace.regions.open import extractor_of
 from interlace.towers import quiet
 
 MARK = "run.json"  # written last: a folder without it is not finished
@@ -152,6 +157,21 @@ class Run:
     def _pixels(self, pictures: list[Image.Image]) -> Tensor:
         return self.processor.pictures(pictures).to(self.model.device)
 
+    def half_image(self, pictures: list[Image.Image]) -> Half:
+        """The image stream just before fusion; of a model that reads regions, the extractor finds them first."""
+        if not self.processor.regions:
+            return self.model.half_image(self._pixels(pictures))
+        batch = collate_regions(self.extractor(pictures), self.processor.regions["boxes"],
+                                self.processor.regions["whole"])  # fmt: skip
+        features, boxes = batch["region_features"].to(self.model.device), batch.get("region_boxes")
+        regions = Regions(features, None if boxes is None else boxes.to(self.model.device))
+        return self.model.half_image(regions, batch["region_mask"].to(self.model.device))
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """What finds a picture's regions, as it did for training. Raises UserError when it is not there any more."""
+        return extractor_of(self.processor.regions["extractor"], str(self.model.device))
+
     @torch.inference_mode()
     def encode_texts(self, texts: Iterable[str], batch: int = 128) -> np.ndarray:
         """-> (N, D) float32, L2-normalised. Raises UserError when the run has no contrast head."""
@@ -161,8 +181,8 @@ class Run:
     @torch.inference_mode()
     def encode_pictures(self, pictures: Iterable[Image.Image], batch: int = 32) -> np.ndarray:
         """-> (N, D) float32, L2-normalised; any iterable, only one batch of it is held at a time."""
-        pixels = map(self._pixels, chunks(pictures, batch))
-        parts = [self.model.encode_image(p).float().cpu().numpy() for p in pixels]
+        halves = map(self.half_image, chunks(pictures, batch))
+        parts = [self.model.alone(half, "image").float().cpu().numpy() for half in halves]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
     # --------------------------------------------------------------------------------------------------- the fused
@@ -174,7 +194,7 @@ class Run:
             raise UserError(f"the run in {self.folder} has no match head: train it with the itm objective.")
         half, out = self.model.half_text(*self._words([text])), []
         for chunk in chunks(pictures, batch):
-            image = self.model.half_image(self._pixels(chunk))
+            image = self.half_image(chunk)
             fused = self.model.fuse(half.rows(torch.zeros(len(chunk), dtype=torch.long)), image)
             logits = self.model.heads["match"](fused.pooled_text, fused.pooled_image).float()
             out.append(logits.softmax(-1)[:, 1].cpu().numpy())
@@ -185,7 +205,7 @@ class Run:
         """One question each -> (N, A) logits over the answer list."""
         if not self.can_answer:
             raise UserError(f"the run in {self.folder} does not answer questions: train it with the vqa objective.")
-        text, image = self.model.half_text(*self._words(questions)), self.model.half_image(self._pixels(pictures))
+        text, image = self.model.half_text(*self._words(questions)), self.half_image(pictures)
         out = self.model.fuse(text, image)
         return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
 
@@ -214,6 +234,95 @@ class Run:
             given = ", ".join(unknown) or "(nothing given)"
             raise UserError(f"not among the {len(index)} answers this run knows: {given}.{hint}")
         return sorted({index[a.strip().lower()] for a in allowed})
+
+
+    # ------------------------------------------------------------------------------------------------------- writing
+
+    @property
+    def learnt(self) -> set[str] | None:
+        """Names of the objectives the run was trained by; None for a run that was made without a config."""
+        import yaml
+
+        file = self.folder / "config.yaml"
+        if not file.is_file():
+            return None
+        config = yaml.safe_load(file.read_text())
+        return {name for one in [config.get("objectives") or {}, *(config.get("passes") or [])] for name in one}
+
+    @property
+    def can_caption(self) -> bool:
+        """It writes about a picture: with a decoder that reads one, or, trained by prefix_lm, with its own layers."""
+        if self.model.decoder is not None:
+            return self.model.config.writes.context in ("image", "both") and self.learnt != {"vqa_writes"}
+        return "mlm" in self.model.heads and (self.learnt is None or "prefix_lm" in self.learnt)
+
+    @property
+    def can_write_answers(self) -> bool:
+        """Its decoder reads questions."""
+        if self.model.decoder is None or self.model.config.writes.context == "image":
+            return False
+        return self.learnt is None or "vqa_writes" in self.learnt
+
+    def _start(self) -> tuple[int, int, int]:
+        """The ids a text of its starts and ends with, and is padded by."""
+        from interlace.objectives.lm import ends
+
+        if self.model.decoder is not None:
+            config = self.model.decoder.config
+            return config.bos_token_id, config.eos_token_id, config.pad_token_id
+        return *ends(self.processor.tokenizer), self.processor.tokenizer.pad_token_id
+
+    def caption(self, pictures: Iterable[Image.Image], prompt: str = "", beams: int = 3, max_length: int = 0,
+                min_length: int = 0, sample: bool = False, top_p: float = 0.9, seed: int = 0,
+                batch: int = 16) -> list[str]:  # fmt: skip
+        """A caption each, which begins with the prompt. `max_length`: tokens, 0 for as many as in training. `sample`:
+        words are drawn, with `seed`, from the likeliest that together have `top_p` of the probability; else `beams`.
+        Raises UserError for a run that does not write about pictures, and for a prompt that leaves no room."""
+        from interlace.generate import describe
+
+        if not self.can_caption:
+            raise UserError(f"the run in {self.folder} does not write about pictures: train it with the lm or "
+                            "prefix_lm objective.")  # fmt: skip
+        start, end, pad = self._start()
+        words = self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt.strip() else []
+        most = max_length or self.processor.max_length
+        if len(words) + 2 > most:
+            raise UserError(f"the prompt has {len(words)} tokens and the text at most {most}: shorten the prompt or "
+                            "raise the length.")  # fmt: skip
+        way: dict[str, Any] = {"beams": beams}
+        if sample:
+            way = {"beams": 1, "do_sample": True, "top_p": top_p, "top_k": 0}
+        texts: list[str] = []
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(seed)
+            for chunk in chunks(pictures, batch):
+                ids = describe(self.model, self.half_image(chunk), torch.tensor([start, *words]), (start, end, pad),
+                               max_length=most, min_length=min_length, **way)  # fmt: skip
+                texts += self._texts(ids[:, 1:], end)
+        return texts
+
+    def write_answer(self, picture: Image.Image, question: str, beams: int = 3, max_length: int = 10) -> str:
+        """The answer in the run's own words; no list bounds it. Raises UserError for an empty question and for a run
+        that does not write answers."""
+        from interlace.generate import write
+        from interlace.objectives.lm import read_for
+
+        if not self.can_write_answers:
+            choose = ", or let it choose from its list (answer)" if self.can_answer else ""
+            raise UserError(f"the run in {self.folder} does not write answers: train it with the vqa_writes objective"
+                            f"{choose}.")  # fmt: skip
+        if not question.strip():
+            raise UserError("the question is empty: ask something, such as \"what is it?\".")
+        with torch.inference_mode():
+            read = read_for(self.model, self.model.half_text(*self._words([question])), self.half_image([picture]))
+            assert self.model.decoder is not None
+            ids = write(self.model.decoder, read, beams=beams, max_length=max_length, min_length=0)
+        return self._texts(ids[:, 1:], self._start()[1])[0]
+
+    def _texts(self, ids: Tensor, end: int) -> list[str]:
+        """Ids (B, L) -> their words up to the first end."""
+        rows = [row[: row.index(end)] if end in row else row for row in ids.tolist()]
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

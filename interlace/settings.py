@@ -24,6 +24,7 @@ class DataSettings:
 
     source: str | list[str] = ""
     columns: dict[str, str] = field(default_factory=dict)
+    regions: str = ""  # what `interlace extract` wrote, or released features: for systems that read regions
     pictures: str = ""  # folder that relative picture paths start from; empty: the table's own
     max_skipped: float = 0.1  # the run stops when more than this share of the pictures it asked for cannot be read
     workers: int = 0  # loader processes; 0 decodes in the main one
@@ -45,7 +46,12 @@ class TrainSettings:
     start_lr: float = 0.0  # of a system's words and layers that start from the text tower; 0: as `lr`
     freeze: list[str] = field(default_factory=list)  # regular expressions: parameters so named stop learning
     weight_decay: float = 0.05
-    warmup: float = 0.1  # share of the steps
+    decay_all: bool = False  # norms, biases and scales too (LXMERT, VL-BERT)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # AdamW's; METER's and UNITER's
+    eps: float = 1e-6  # AdamW's
+    warmup: float = 0.1  # below 1: share of the steps; else steps
+    schedule: str = "cosine"  # after the warm-up: cosine | linear, to zero at the last step | epochs | constant
+    epoch_factor: float = 0.9  # of `schedule: epochs`: what each epoch leaves of the rate (BLIP)
     clip: float = 1.0  # gradient norm
     seed: int = 0
     bf16: bool = False
@@ -145,7 +151,7 @@ WORDS: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "a text",
     str | list[str]: "a text or a list of texts",
     dict[str, str]: "names of columns, ours to theirs, such as {caption: title}",
-    list[str]: "a list of texts",
+    list[str]: "a list of texts", list[float]: "a list of numbers",
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""A published system at the size of the parts at hand: words and layers start from a text tower of BERT's kind, grid
-cells of an image tower stand where the paper has regions."""
+"""A published system at the size of the parts at hand, or at its paper's: words and layers start from a text tower of
+BERT's kind, grid cells of an image tower stand where the paper has regions and none are stored."""
 
 from __future__ import annotations
 
@@ -25,17 +25,22 @@ from interlace.errors import UserError
 from interlace.layers import Width
 from interlace.model import VLModel
 from interlace.objectives.base import Objective
+from interlace.objectives.lm import ends
+from interlace.regions.base import RegionSource
 from interlace.weights import Keys, fitting_lines
 
 
 @dataclass
 class Parts:
-    """What a preset's `small(parts)` is made of."""
+    """What a preset's `small(parts)` and `full(parts)` are made of."""
+
+    whole = False  # it asked for the whole picture as the first region
 
     what: Composition
     tokenizer: PreTrainedTokenizerBase
     text: towers.Tower
     image: towers.Tower | None
+    regions: RegionSource | None = None  # stored ones; None: the image tower's grid cells stand for them
 
     @property
     def layers(self) -> int:
@@ -47,15 +52,30 @@ class Parts:
 
     @property
     def channels(self) -> int:
-        """Numbers per grid cell."""
-        assert self.image is not None
-        return self.image.hidden_size
+        """Numbers per region or grid cell."""
+        return self.regions.features_size if self.regions is not None else self._tower().hidden_size
+
+    @property
+    def classes(self) -> int:
+        """Of the detector that the regions came from, with class 0 for nothing there; 1 when none classified them."""
+        return max(1, 0 if self.regions is None else self.regions.beliefs_size)
 
     @property
     def starts(self) -> bool:
         """The text tower's layers fit into this width."""
         config = self.text.model.config
         return config.model_type == "bert" and config.hidden_size == self.what.width
+
+    def fits(self, width: Width) -> bool:
+        """The text tower's layers fit into layers of this width."""
+        config = self.text.model.config
+        heads = config.hidden_size, config.num_attention_heads if config.model_type == "bert" else 0
+        return heads == (width.size, width.heads)
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The ids a text begins and ends with."""
+        return ends(self.tokenizer)
 
     def width(self, **changes: Any) -> Width:
         """As the text tower's where the sizes agree, so that its layers fit; post-norm, as BERT."""
@@ -74,9 +94,14 @@ class Parts:
         return cls(width, **{**given, **changes})
 
     def grid(self, cls: type[RegionEmbedder], whole: bool = False, width: Width | None = None,
-             **changes: Any) -> GridRegions:  # fmt: skip
-        """Cells of the image tower, read by the paper's own embedder. `whole`: the whole picture first."""
-        width, tower = width or self.width(), self._tower()
+             **changes: Any) -> GridRegions | RegionEmbedder:  # fmt: skip
+        """Stored regions, or cells of the image tower, read by the paper's own embedder. `whole`: the whole picture
+        first."""
+        self.whole = whole
+        width = width or self.width()
+        if self.regions is not None:
+            return cls(width, features=self.regions.features_size, **changes)
+        tower = self._tower()
         spec, (rows, columns) = towers.pixel_spec(self.what.image), towers.grid_size(tower.model, self.what.size)
         inner = cls(width, features=tower.hidden_size, **changes)
         return GridRegions(width, pool=inner.pool, pool_size=inner.pool_size, tower=tower.model.config.to_dict(),
@@ -148,36 +173,48 @@ def start_from(model: nn.Module, tensors: Mapping[str, Tensor], keys: Keys) -> l
 
 
 def build_system(what: Composition, objectives: list[Objective], augment: Augment | None = None,
-                 model_class: type[VLModel] = VLModel) -> tuple[VLModel, Processor]:  # fmt: skip
-    """The preset `what.system` at the size that `what` says, with the heads that the objectives ask for, and its
-    processor. Raises UserError for an unknown system, or parts that do not fit."""
-    config, parts, module = configure_system(what, objectives)
+                 model_class: type[VLModel] = VLModel,
+                 regions: RegionSource | None = None) -> tuple[VLModel, Processor]:  # fmt: skip
+    """The preset `what.system` at the size that `what` says (`layers` 0: the paper's), with the heads that the objectives
+    ask for, and its processor. `regions`: stored ones that it reads instead of pixels. Raises UserError for an unknown system, or parts
+    that do not fit."""
+    config, parts, module = configure_system(what, objectives, regions)
     image = parts.image
     model = model_class(config)
     if image is not None and (tower := getattr(model.image, "tower", None)) is not None:
         cast(nn.Module, tower).load_state_dict(image.model.state_dict())
         if isinstance(config.image, ImageStem):
             cast(Any, model.image).start()
-    started = start_from(model, parts.text.model.state_dict(), module.start(config)) if parts.starts else []
+    keys = module.start(config) if hasattr(module, "start") and parts.fits(config.text.width) else {}
+    started = start_from(model, parts.text.model.state_dict(), keys) if keys else []
     if "answers" in model.heads and hasattr(model.heads["answers"], "start"):
         cast(Any, model.heads["answers"]).start()
     model.started = tuple(started)
-    print(_what_started(what, parts, started))
-    return model, small_processor(what, config, parts.tokenizer, augment or Augment())
+    print(_what_started(what, config, parts, started))
+    processor = small_processor(what, config, parts.tokenizer, augment or Augment())
+    if regions is not None:
+        processor.regions = {"extractor": regions.facts, "boxes": config.image.boxes, "whole": parts.whole}  # type: ignore
+    return model, processor
 
 
-def configure_system(what: Composition, objectives: list[Objective]) -> tuple[VLConfig, Parts, Any]:
+def configure_system(what: Composition, objectives: list[Objective],
+                     regions: RegionSource | None = None) -> tuple[VLConfig, Parts, Any]:
     """The configuration that `build_system` builds, the parts it is made of, and the preset's module. Raises UserError
     as `build_system` does."""
     from interlace.presets import preset
 
     line, _ = preset(what.system)
-    if not hasattr(line.module, "small"):
-        raise UserError(f"{what.system} has no small form that these parts could fill.")
+    form = "small" if what.layers else "full"
+    if not hasattr(line.module, form):
+        hint = " model.layers=0 builds it at its paper's size." if hasattr(line.module, "full") else ""
+        raise UserError(f"{what.system} has no {form} form that these parts could fill.{hint}")
     tokenizer = towers.load_tokenizer(what.text)
-    image = None if what.image == "patches" else towers.load_tower(what.image, "image")
-    parts = Parts(what, tokenizer, towers.load_tower(what.text, "text"), image)
-    config: VLConfig = line.module.small(parts)
+    image = None if regions is not None or what.image == "patches" else towers.load_tower(what.image, "image")
+    parts = Parts(what, tokenizer, towers.load_tower(what.text, "text"), image, regions)
+    config: VLConfig = getattr(line.module, form)(parts)
+    if regions is not None and not isinstance(config.image, RegionEmbedder):
+        raise UserError(f"{what.system} reads pictures and no regions: leave data.regions out, or choose a system that "
+                        "reads them (interlace list).")  # fmt: skip
     config.heads = asked_heads(config, objectives, line.module)
     return config, parts, line.module
 
@@ -199,11 +236,11 @@ def asked_heads(config: VLConfig, objectives: list[Objective], module: Any = Non
     return heads
 
 
-def _what_started(what: Composition, parts: Parts, started: list[str]) -> str:
+def _what_started(what: Composition, config: VLConfig, parts: Parts, started: list[str]) -> str:
     if not started:
-        config = parts.text.model.config
-        return (f"{what.system} starts from random weights: {what.text} is {config.hidden_size} wide "
-                f"({config.model_type}), the model {what.width}")  # fmt: skip
+        tower = parts.text.model.config
+        return (f"{what.system} starts from random weights: {what.text} is {tower.hidden_size} wide "
+                f"({tower.model_type}), the model {config.text.width.size}")  # fmt: skip
     return f"{what.system}: {len(started)} tensors start from {what.text}"
 
 
@@ -212,17 +249,20 @@ def small_processor(what: Composition, config: VLConfig, tokenizer: Any, augment
     if what.max_length > limit:
         raise UserError(f"model.max_length is {what.max_length}, but {what.system} has {limit} positions here.")
     pixels = cast(Any, config.image)
-    return Processor(tokenizer, pixels.size, list(getattr(pixels, "mean", (0.0,) * 3)),
+    return Processor(tokenizer, getattr(pixels, "size", what.size), list(getattr(pixels, "mean", (0.0,) * 3)),
                      list(getattr(pixels, "std", (1.0,) * 3)), what.fit, what.max_length, augment)  # fmt: skip
 
 
 def build_from_run(what: Composition, objectives: list[Objective], augment: Augment | None = None,
-                   model_class: type[VLModel] = VLModel) -> tuple[VLModel, Processor]:  # fmt: skip
+                   model_class: type[VLModel] = VLModel,
+                   regions: RegionSource | None = None) -> tuple[VLModel, Processor]:  # fmt: skip
     """The model of a finished run, to go on from: its parts, its processor, and of its heads those that the objectives
-    ask for again. Heads it does not have start anew. Raises UserError for a folder that is no run."""
+    ask for again. Heads it does not have start anew. Raises UserError for a folder that is no run, and for regions of
+    another extractor than the run's."""
     from safetensors.torch import load_file
 
     from interlace.presets import PRESETS
+    from interlace.regions.base import fingerprint
     from interlace.run import WEIGHTS, Run
 
     before = Run.load(Path(what.start), device="cpu")
@@ -238,6 +278,13 @@ def build_from_run(what: Composition, objectives: list[Objective], augment: Augm
     fresh = sorted({".".join(name.split(".")[:2]) for name in state if name not in kept})
     print(f"starts from the run {what.start}: {len(kept)} tensors" + (f"; new: {', '.join(fresh)}" if fresh else ""))
     processor = before.processor
+    if regions is not None and not processor.regions:
+        raise UserError(f"the run {what.start} reads pictures and no regions: leave data.regions out.")
+    if processor.regions:
+        if regions is None:
+            raise UserError(f"the run {what.start} was trained on stored regions: give those of this data as "
+                            "data.regions.")  # fmt: skip
+        regions.require(fingerprint(processor.regions["extractor"]))
     if augment is not None:
         processor.augment = augment
     return model, processor

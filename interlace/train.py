@@ -11,28 +11,35 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainingArguments
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainingArguments
 
 from interlace.checkpoints import SafeTrainer, newest_complete
 from interlace.compose import compose
 from interlace.data.batches import Collate, EpochSampler, Samples
+from interlace.data.pictures import BadPicture
 from interlace.data.processor import Processor
 from interlace.data.rows import Source
 from interlace.data.sources import open_source
 from interlace.data.states import States, frozen_states
+from interlace.data.step import Item, Step, items_of, pictures_of
+from interlace.embed.grid import GridTower
 from interlace.errors import Stopped, UserError, suggest
 from interlace.learner import Learner
 from interlace.objectives import Objective, Pass, build_objective
 from interlace.objectives.base import check_options, check_type
-from interlace.objectives.itc import gather
+from interlace.objectives.whole import Ahead, look_ahead, set_random_state
+from interlace.regions.base import RegionSource
+from interlace.regions.open import open_regions
 from interlace.run import MARK, Run, save_run, write_json
-from interlace.settings import Settings
+from interlace.settings import Settings, TrainSettings
 from interlace.systems import build_from_run, build_system
-from interlace.warm_start import align_stems
+from interlace.warm_start import MOST, align_regions, align_stems
 
 CHECKPOINTS = "checkpoints"
 BESIDE = "beside.safetensors"  # in a checkpoint: what objectives keep and the model does not
@@ -132,12 +139,24 @@ class VLTrainer(SafeTrainer):
                     rate = t.aligned_lr
                 elif name in started and t.start_lr:
                     rate = t.start_lr
-                decay = t.weight_decay if p.ndim > 1 and "positions" not in name else 0.0  # not norms, biases, scales
+                plain = p.ndim > 1 and "positions" not in name  # no norm, bias, scale
+                decay = t.weight_decay if plain or t.decay_all else 0.0
                 groups.setdefault((rate, decay), []).append(p)
             self.optimizer = torch.optim.AdamW(
                 [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()],
-                betas=(0.9, 0.98), eps=1e-6)  # METER's, UNITER's  # fmt: skip
+                betas=(t.betas[0], t.betas[1]), eps=t.eps)  # fmt: skip
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """`schedule: epochs` is ours, the others are transformers' own."""
+        t = self.settings.train
+        if self.lr_scheduler is None and t.schedule == "epochs":
+            warm = self.args.get_warmup_steps(num_training_steps)
+            steps = max(1, len(self.train_dataset) // self.step_rows)  # type: ignore[arg-type]
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: step / warm if step < warm else t.epoch_factor ** (step // steps))  # fmt: skip
+        return super().create_scheduler(num_training_steps, optimizer)
 
     @property
     def step_rows(self) -> int:
@@ -300,6 +319,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         print(f"{out} is finished already; choose another train.out to train again.")
         return out
     t = settings.train
+    _check(t)
     if t.batch % t.accumulate:
         raise UserError(f"train.batch {t.batch} does not divide into train.accumulate {t.accumulate} micro-batches.")
     _same_settings(out, settings)
@@ -317,18 +337,20 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         raise UserError(f"the train split of {source.name} has {rows} rows, fewer than one batch of {t.batch}{ranks}: "
                         f"set train.batch={max(2, rows // 2 // arguments.world_size)}.")  # fmt: skip
     passes = build_passes(settings, source)
-    learner, processor = (make or make_learner)(settings, passes)
-    learner.to(arguments.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    states, aligned = _prepare_stems(settings, source, learner, processor)
-    samples = Samples(source, "train", processor, passes, t.seed, states=states)
-    out.mkdir(parents=True, exist_ok=True)
     for one in passes:
         for objective, _ in one.objectives:
             objective.check_batch(whole, t.batch // t.accumulate, rows)
+    learner, processor = (make or make_learner)(settings, passes)
+    learner.to(arguments.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    states, aligned = _prepare_stems(settings, source, learner, processor)
+    regions = stored_regions(settings, source)
+    samples = Samples(source, "train", processor, passes, t.seed, states=states, regions=regions)
+    learner.attach(whole, rows)
+    out.mkdir(parents=True, exist_ok=True)
     settings.save(out / "config.yaml")
     write_json(out / "data.json", describe_data(source))
     trainer = VLTrainer(learner=learner, settings=settings, aligned=aligned, args=arguments, train_dataset=samples,
-                        data_collator=Collate(processor, states, passes, learner.cells_to_hide()),
+                        data_collator=Collate(processor, states, passes, learner.cells_to_hide(), shape_of(processor)),
                         log_file=out / LOG, progress_seconds=10)  # fmt: skip
     trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, rows) // 5)))
     trainer.train(resume_from_checkpoint=newest_complete(out / CHECKPOINTS) is not None)
@@ -340,11 +362,58 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     return out
 
 
+def _align_system(settings: Settings, source: Source, learner: Learner, processor: Processor,
+                  states: States | None) -> None:  # fmt: skip
+    """Regions start in the space of the words, where the pictures' features are at hand."""
+    rows = np.asarray(source.indices("train"))
+    if (regions := stored_regions(settings, source)) is not None:
+        means, places = [], []
+        for place in np.linspace(0, len(rows) - 1, min(MOST, len(rows))).astype(int).tolist():
+            try:
+                means.append(regions.of(source.pair(int(rows[place]))).features.astype(np.float32).mean(0))
+                places.append(place)
+            except BadPicture:
+                continue  # counted and listed once training asks for it
+    elif states is not None and states.images is not None and isinstance(learner.image, GridTower):
+        places = [n for n in range(len(rows)) if n not in states.unreadable]
+        means = [states.images[n].astype(np.float32).mean((0, 1)) for n in places]
+    else:
+        return
+    strength = align_regions(learner, np.stack(means), places, source, processor) if means else None
+    if strength is not None:
+        print(f"regions start in the space of the words: ridge regression, strength {strength:g} by cross-validation")
+
+
+def stored_regions(settings: Settings, source: Source) -> RegionSource | None:
+    """The regions the settings name. Raises UserError when most of the training rows have none."""
+    if not settings.data.regions:
+        return None
+    regions = open_regions(settings.data.regions)
+    rows = np.asarray(source.indices("train"))
+    seen = rows[np.linspace(0, len(rows) - 1, min(1000, len(rows))).astype(int)]  # a look-up each: not of ten millions
+    lost = regions.missing(source, seen)
+    if len(lost) > settings.data.max_skipped * len(seen):
+        raise UserError(f"{len(lost)} of {len(seen)} training rows have no regions in {settings.data.regions} "
+                        f"({', '.join(lost[:3])}, ...): run `interlace extract` on this data, to that "
+                        "folder.")  # fmt: skip
+    return regions
+
+
+def shape_of(processor: Processor) -> tuple[int, bool]:
+    """Numbers per box, and whether the whole picture comes first, of stored regions."""
+    return processor.regions.get("boxes", 4), processor.regions.get("whole", False)
+
+
 def _prepare_stems(settings: Settings, source: Source, learner: Learner,
                    processor: Processor) -> tuple[States | None, bool]:  # fmt: skip
     """What frozen towers say, and whether the projections over them now start aligned."""
     states = frozen_states(learner, processor, source, "train", settings.data.views, settings.data.keep_states_gb * 1e9)
-    if states is None or not settings.model.align or settings.model.system or settings.model.start:
+    if not settings.model.align or settings.model.start:
+        return states, False
+    if settings.model.system:
+        _align_system(settings, source, learner, processor, states)
+        return states, False
+    if states is None:
         return states, False
     strength = align_stems(learner, states, source)
     if strength is None:
@@ -360,7 +429,11 @@ def make_learner(settings: Settings, passes: list[Pass]) -> tuple[Learner, Proce
     objectives = [o for one in passes for o, _ in one.objectives]
     what = settings.model
     build = build_from_run if what.start else build_system if what.system else compose
-    model, processor = build(what, objectives, settings.augment, Learner)
+    stored = open_regions(settings.data.regions) if settings.data.regions else None
+    if stored is not None and build is compose:
+        raise UserError("data.regions are for systems that read regions: name one as model.system (interlace list).")
+    more = {} if build is compose else {"regions": stored}
+    model, processor = build(what, objectives, settings.augment, Learner, **more)  # type: ignore[operator]
     assert isinstance(model, Learner)
     frozen = [s for s, rate in (("text", settings.train.text_lr), ("image", settings.train.image_lr)) if rate == 0]
     model.freeze(*[s for s in frozen if hasattr(getattr(model, s), "tower")])
@@ -383,8 +456,8 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         num_train_epochs=t.epochs,
         max_steps=t.steps or -1,
         learning_rate=t.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=t.warmup,  # below 1: a share of all steps
+        lr_scheduler_type=SCHEDULES[t.schedule],
+        warmup_steps=t.warmup if t.warmup < 1 else int(t.warmup),  # below 1: a share of all steps
         max_grad_norm=t.clip,
         seed=t.seed,
         bf16=t.bf16,
@@ -405,6 +478,21 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         activation_checkpointing=t.gradient_checkpointing,
         disable_tqdm=True,
     )
+
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "epochs": "constant_with_warmup",
+             "constant": "constant_with_warmup"}  # fmt: skip  "epochs" is made by VLTrainer.create_scheduler
+
+
+def _check(t: TrainSettings) -> None:
+    """Raises UserError for a schedule or an optimiser that there is not."""
+    if t.schedule not in SCHEDULES:
+        raise UserError(f"train.schedule is {', '.join(SCHEDULES)}; got {t.schedule!r}.{suggest(t.schedule, SCHEDULES)}")
+    if len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
+        raise UserError(f"train.betas are two numbers from 0 to below 1, such as [0.9, 0.98]; got {t.betas}.")
+    if t.eps <= 0 or t.warmup < 0 or not 0 < t.epoch_factor <= 1:
+        raise UserError(f"train.eps is above 0, train.warmup not below, and train.epoch_factor above 0 and at most 1; "
+                        f"got {t.eps}, {t.warmup} and {t.epoch_factor}.")  # fmt: skip
 
 
 def _same_settings(out: Path, settings: Settings) -> None:

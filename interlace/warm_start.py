@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from interlace.embed.grid import GridTower
 from interlace.embed.stem import ImageTower, TextTower
 from interlace.layers import Attend, FeedForward
+from interlace.objectives.mlm import word_table
 from interlace.tasks.baselines import ridge_alignment
 
 if TYPE_CHECKING:
+    from interlace.data.processor import Processor
     from interlace.data.rows import Source
     from interlace.data.states import States
     from interlace.model import VLModel
@@ -83,3 +86,49 @@ def _sentence(states: States, text: str) -> np.ndarray:
     assert states.words is not None
     n = states.place[text]
     return states.words[states.starts[n] : states.starts[n + 1]].astype(np.float32).mean(0)
+
+
+@torch.no_grad()
+def align_regions(model: VLModel, means: np.ndarray, places: list[int], source: Source, processor: Processor,
+                  split: str = "train", seed: int = 0) -> float | None:  # fmt: skip
+    """A system's regions begin where words are: the projection of features starts as the best linear map from a
+    picture's mean feature to the mean of its caption's word vectors, so that what looks like a word attends like one
+    from the first step. Paper's systems learn this map from millions of pairs.
+
+    means: (N, F), of the pictures at `places` (N,) of the split. Returns the ridge strength chosen by cross-validation
+    over groups, or None where there are too few captioned pairs, or the embedder has no projection of features alone.
+    """
+    linear = feature_projection(model)
+    rows, captions = np.asarray(source.indices(split)), source.captions().to_pylist()
+    chosen = [n for n, place in enumerate(places) if captions[rows[place]].strip()]
+    if len(chosen) > MOST:
+        chosen = sorted(np.random.default_rng(seed).choice(chosen, MOST, replace=False).tolist())
+    groups = [source.group(int(rows[places[n]])) for n in chosen]
+    if linear is None or len(set(groups)) < 20:
+        return None
+    weight, bias = linear
+    table = word_table(model)
+    if table.shape[1] != len(weight):
+        return None
+    texts = []
+    for at in range(0, len(chosen), 256):
+        told = processor.tokens([captions[rows[places[n]]] for n in chosen[at : at + 256]])
+        plain = (told["text_words"] >= 0).unsqueeze(-1).to(table)  # (B, T, 1)
+        vectors = table[told["text_ids"].to(table.device)] * plain.to(table.device)
+        texts.append((vectors.sum(1) / plain.sum(1).clamp(min=1).to(table.device)).float().cpu().numpy())
+    words, pictures = np.concatenate(texts), means[chosen].astype(np.float32)
+    strength = ridge_alignment(pictures, words, pictures[:1], words[:1], groups=groups, seed=seed).chosen
+    x, y = (pictures - pictures.mean(0)).astype(np.float64), words - words.mean(0)
+    gram = x.T @ x
+    solved = np.linalg.solve(gram + strength * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ y)  # (F, D)
+    solved *= float(np.linalg.norm(y)) / max(float(np.linalg.norm(x @ solved)), 1e-12)
+    weight.copy_(torch.from_numpy(solved.T.astype(np.float32)))
+    bias.copy_(torch.from_numpy((words.mean(0) - pictures.mean(0) @ solved).astype(np.float32)))
+    return float(strength)
+
+
+def feature_projection(model: VLModel) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Weight (D, F) and bias (D,) of what maps a region's feature into the model; views of the parameters."""
+    regions = model.image.regions if isinstance(model.image, GridTower) else model.image
+    linear = getattr(regions, "features", None)
+    return (linear.weight, linear.bias) if isinstance(linear, nn.Linear) else None

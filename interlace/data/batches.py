@@ -16,8 +16,8 @@ from interlace.data.rows import Pair, Question, Source
 from interlace.data.states import States
 from interlace.errors import UserError
 from interlace.objectives.base import Objective, Pass
-from interlace.regions.collate import collate_regions
 from interlace.regions.base import RegionSource
+from interlace.regions.collate import collate_regions
 
 
 class Drawer:

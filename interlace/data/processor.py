@@ -46,7 +46,8 @@ class Augment:
 @dataclass
 class Processor:
     """`size`: side in pixels. `fit`: "pad" keeps the shape on white, "squash" stretches to the square (BLIP's
-    evaluation), "crop" takes the centre. `max_length`: tokens, longer texts are cut."""
+    evaluation), "crop" takes the centre. `max_length`: tokens, longer texts are cut. `regions`: empty for a model that
+    reads pixels."""
 
     tokenizer: Any
     size: int = 224
@@ -55,6 +56,8 @@ class Processor:
     fit: str = "pad"
     max_length: int = 40
     augment: Augment = field(default_factory=Augment)
+    # of a model that reads stored regions: the facts of their extractor, numbers per box, the whole picture first?
+    regions: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.fit not in ("pad", "squash", "crop"):

@@ -15,8 +15,8 @@ from interlace.objectives.base import Batch, Objective, Scored, Views
 class AnswerQuestions(Objective):
     """Some sentences are questions about the picture, and the model answers them in the forward it has anyway.
 
-    Columns: image, question, answers. Hides: nothing itself. Sees: everyone sees everyone. Head: answers. Logs: answers,
-    answers_accuracy.
+    Columns: image, question, answers. Hides: nothing itself. Sees: everyone sees everyone. Head: answers. Logs:
+    answers, answers_accuracy.
 
     `rate`: share of the visits of a picture with questions that read one instead of its caption. A question that ITM
     swapped for another picture's sentence is not answered (section 3.1.3: mismatched pairs are left out).

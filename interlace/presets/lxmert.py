@@ -79,7 +79,15 @@ def small(parts: Parts) -> VLConfig:
     """At the size of the parts; grid cells stand for regions. Of the layers the last third crosses."""
     crossing = max(1, parts.layers // 3)
     layers = parts.layers - crossing, max(1, crossing), crossing
-    return lxmert(parts.words(), parts.grid(LXMERTRegions), layers, 1, 1, 1)  # type: ignore[arg-type]
+    objects, attributes = max(1, parts.classes - 1), 400  # the release's attributes
+    return lxmert(parts.words(), parts.grid(LXMERTRegions), layers, objects, attributes, 1)  # type: ignore[arg-type]
+
+
+def full(parts: Parts) -> VLConfig:
+    """At the paper's size, with the parts' words and regions."""
+    width = Width(768, heads=12)
+    return lxmert(parts.words(width=width), parts.grid(LXMERTRegions, width=width),  # type: ignore[arg-type]
+                  objects=max(1, parts.classes - 1))  # fmt: skip
 
 
 def start(config: VLConfig) -> dict[str, Any]:
@@ -96,9 +104,11 @@ def tiny(**changes: Any) -> VLConfig:
 
 # Section 3: all summed in one forward. A mismatched pair scores all but the answer; the paper asks questions in the
 # second half of the epochs, the release in all of them. Of hidden regions 80% become zero, 10% a region of any picture.
-PRETRAIN = [
-    {"mlm": {"mask": 0.15}, "region_labels": {"mask": 0.15}, "itm": {"negatives": "drawn"}, "answers": {}},
-]
+PRETRAIN: list[dict[str, Any]] = [
+    {"mlm": {"mask": 0.15, "at_least_one": False},
+     "region_labels": {"mask": 0.15, "at_least_one": False, "kept": 0.1},
+     "itm": {"negatives": "swap"}, "answers": {"rate": 0.5}},
+]  # fmt: skip
 
 
 def _half(stream: str, theirs: str) -> dict[str, str]:

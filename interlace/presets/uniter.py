@@ -47,7 +47,14 @@ def tiny(**changes: Any) -> VLConfig:
 def small(parts: Parts) -> VLConfig:
     """At the size of the parts; grid cells stand for regions."""
     return uniter(text=parts.words(), image=parts.grid(UNITERRegions), segments={"joint": [JOINT] * parts.layers},
-                  heads=heads(parts.vocabulary, parts.channels, 1))  # fmt: skip
+                  heads=heads(parts.vocabulary, parts.channels, parts.classes))  # fmt: skip
+
+
+def full(parts: Parts) -> VLConfig:
+    """At the paper's size, with the parts' words and regions."""
+    width = Width(768, heads=12)
+    return uniter(text=parts.words(width=width), image=parts.grid(UNITERRegions, width=width),
+                  heads=heads(parts.vocabulary, parts.channels, parts.classes))  # fmt: skip
 
 
 def start(config: VLConfig) -> Keys:
@@ -73,7 +80,7 @@ def answers(labels: int, size: int = 768) -> dict[str, Any]:
 # Section 4.1, on all data: one task a step, drawn with these shares. Only one stream is ever corrupted (section 3.2).
 PRETRAIN = [
     {"share": 12, "mlm": {"mask": 0.15}},
-    {"share": 9, "itm": {"negatives": "drawn"}, "wra": {"weight": 0.1}},
+    {"share": 9, "itm": {"negatives": "swap"}, "wra": {"weight": 0.1}},
     {"share": 6, "mrfr": {"mask": 0.15}},
     {"share": 6, "mrc_kl": {"mask": 0.15}},
 ]

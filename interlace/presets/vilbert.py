@@ -109,9 +109,20 @@ def small(parts: Parts) -> VLConfig:
     width, crossing = parts.width(), max(1, parts.layers // 2)
     pooled = {"pool": "relu", "pool_size": width.size}
     segments = {"text": [TEXT] * (parts.layers - crossing), "cross": [co(), BOTH] * crossing}
-    labels = {"mlm": {"kind": "tied", "labels": parts.vocabulary}, "match": {"kind": "product", "labels": 2}}
+    labels = {"mlm": {"kind": "tied", "labels": parts.vocabulary}, "match": {"kind": "product", "labels": 2},
+              "mrc": {"kind": "transformed", "labels": parts.classes, "stream": "image"}}  # fmt: skip
     return vilbert(text=parts.words(**pooled), image=parts.grid(ViLBERTRegions, whole=True, **pooled),
                    segments=segments, heads=labels)  # fmt: skip
+
+
+def full(parts: Parts) -> VLConfig:
+    """At the paper's size, with the parts' words and regions. Matching is learned as everywhere, 1 = match."""
+    pooled = {"pool": "relu", "pool_size": 1024}
+    labels = {"mlm": {"kind": "tied", "labels": parts.vocabulary},
+              "match": {"kind": "product", "labels": 2, "size": 1024},
+              "mrc": {"kind": "transformed", "labels": parts.classes, "stream": "image"}}  # fmt: skip
+    image = parts.grid(ViLBERTRegions, whole=True, width=Width(1024, heads=8, ffn=1024), **pooled)
+    return vilbert(text=parts.words(width=Width(768, heads=12), **pooled), image=image, heads=labels)  # type: ignore
 
 
 def start(config: VLConfig) -> dict[str, Any]:
@@ -122,7 +133,11 @@ def start(config: VLConfig) -> dict[str, Any]:
 
 # Section 3.2 of ViLBERT: all summed in one forward. A mismatched pair scores words and regions too in the first paper,
 # the alignment alone in 12-in-1. Of hidden regions 90% become zero.
-PRETRAIN = [{"mlm": {"mask": 0.15}, "mrc_kl": {"mask": 0.15}, "aligned": {"negatives": "drawn"}}]
+PRETRAIN: list[dict[str, Any]] = [
+    {"mlm": {"mask": 0.15, "at_least_one": False},
+     "mrc_kl": {"mask": 0.15, "at_least_one": False, "kept": 0.1, "sum_classes": True},
+     "itm": {"negatives": "swap"}},
+]  # fmt: skip
 
 
 def from_release(given: dict[str, Any], tasks: int = 0, **changes: Any) -> VLConfig:

@@ -50,7 +50,15 @@ def small(parts: Parts) -> VLConfig:
     words = VLBERTWords(width, vocabulary=parts.vocabulary, pad=parts.tokenizer.pad_token_id)
     return vl_bert(text=words, image=parts.grid(VLBERTRegions, whole=True, geometry=64),
                    segments={"meet": [meet()], "joint": [JOINT] * parts.layers},
-                   heads=heads(parts.vocabulary, 1))  # fmt: skip
+                   heads=heads(parts.vocabulary, parts.classes))  # fmt: skip
+
+
+def full(parts: Parts) -> VLConfig:
+    """At the paper's size, with the parts' words and regions."""
+    width = Width(768, heads=12)
+    words = VLBERTWords(width, vocabulary=parts.vocabulary, pad=parts.tokenizer.pad_token_id)
+    return vl_bert(text=words, image=parts.grid(VLBERTRegions, whole=True, width=width),
+                   heads=heads(parts.vocabulary, parts.classes))  # fmt: skip
 
 
 def start(config: VLConfig) -> Keys:
@@ -67,7 +75,11 @@ def heads(vocabulary: int, classes: int) -> dict[str, dict[str, Any]]:
 
 
 # Section 3.3: captions with their regions, and as many texts alone (books, Wikipedia), in every step.
-PRETRAIN = [{"mlm": {"mask": 0.15, "whole_words": True}, "mvrc": {"mask": 0.15}, "text_mlm": {"mask": 0.15}}]
+PRETRAIN: list[dict[str, Any]] = [
+    {"mlm": {"mask": 0.15, "whole_words": True, "at_least_one": False},
+     "mvrc": {"mask": 0.15, "at_least_one": False, "kept": 0.1}},
+    {"name": "text", "image": False, "mlm": {"mask": 0.15, "whole_words": True, "at_least_one": False}},
+]  # fmt: skip
 
 
 class RegionClasses(nn.Module):

@@ -20,7 +20,7 @@ from interlace.bars import bar
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.rows import Pair, Source
 from interlace.errors import UserError
-from interlace.evaluate import sample_rows, scored
+from interlace.held import sample_rows, scored
 from interlace.run import Run, chunks
 
 BATCH = 32
@@ -121,7 +121,7 @@ def two_captions(run: Run, shown: list[Pair], texts: list[tuple[str, str]], titl
             progress.update(len(positions))
             if not kept:
                 continue
-            image = model.half_image(run._pixels(pictures))
+            image = run.half_image(pictures)
             words = model.half_text(*run._words([text for n in kept for text in texts[n]]))
             beside = torch.arange(len(kept), device=model.device).repeat_interleave(2)
             fused = model.fuse(words, image.rows(beside))
