@@ -101,3 +101,32 @@ def test_a_store_of_other_rows_is_refused(shapes, text_tower, image_tower, tmp_p
     extract(open_source(shapes), GridExtractor(image_tower, size=48), tmp_path / "few", split="test", progress=False)
     with pytest.raises(UserError, match="training rows have no regions in .*interlace extract"):
         train(settings(shapes, text_tower, tmp_path / "few", tmp_path / "run", itm={}))
+
+
+def test_regions_start_where_the_words_of_their_captions_are(shapes, text_tower, image_tower):
+    from interlace.learner import Learner
+    from interlace.systems import build_system
+    from interlace.warm_start import align_regions
+
+    source = open_source(shapes)
+    what = Composition(system="visual_bert", text=str(text_tower), image=str(image_tower), width=32, heads=4, layers=1,
+                       size=64, max_length=16)  # fmt: skip
+    torch.manual_seed(0)
+    model, processor = build_system(what, [], None, Learner)
+    rows = source.indices("train")
+    pairs = [source.pair(int(row)) for row in rows]
+    with torch.no_grad():
+        pixels = torch.cat([processor.pictures([open_picture(p.picture)]) for p in pairs])
+        means = model.image.states(model.normalise(pixels)).mean(1)  # (N, F)
+        told = processor.tokens([p.caption for p in pairs])
+        plain = (told["text_words"] >= 0).unsqueeze(-1)
+        words = (model.text.words(told["text_ids"]) * plain).sum(1) / plain.sum(1)
+
+    def apart():
+        mapped = torch.nn.functional.linear(means, *linear)
+        return (mapped - words).square().sum().item() / (words - words.mean(0)).square().sum().item()
+
+    linear = model.image.regions.features.weight, model.image.regions.features.bias
+    before = apart()
+    assert align_regions(model, means.numpy(), list(range(len(rows))), source, processor) is not None
+    assert apart() < min(before, 1.0)
