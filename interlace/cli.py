@@ -125,6 +125,14 @@ def data_scenes(args: argparse.Namespace) -> int:
     return 0
 
 
+def data_corrupt(args: argparse.Namespace) -> int:
+    from interlace.bootstrap import corrupt
+
+    made = corrupt(open_table(args), args.out, args.share, args.seed, args.split)
+    print("\n".join([*made.lines(), str(made.folder)]))
+    return 0
+
+
 def train_run(args: argparse.Namespace) -> int:
     from interlace.settings import load_settings
 
@@ -188,6 +196,26 @@ def compare_runs(args: argparse.Namespace) -> int:
 
     compare(args.config, args.overrides, fusions=args.fusion.split(","), streams=args.streams.split(","),
             seeds=[int(s) for s in args.seeds.split(",")], out=Path(args.out))  # fmt: skip
+    return 0
+
+
+def bootstrap_captions(args: argparse.Namespace) -> int:
+    from interlace.bootstrap import Decision, Finetune, bootstrap
+    from interlace.data.sources import open_source
+
+    finetune = None
+    if args.finetune:
+        finetune = Finetune(args.steps, args.finetune_batch, args.lr, args.set)
+    source, data = open_table(args, args.run), run_data(args.run)
+    named = {"source": args.source, "columns": columns(args.column) or data.get("columns") or {},
+             "pictures": args.pictures or data.get("pictures") or "", "regions": data.get("regions") or ""}  # fmt: skip
+    clean = None
+    if args.clean:
+        clean, named = open_source(args.clean), {"source": args.clean}
+    decision = Decision(args.by, args.threshold, args.labels, args.precision, args.both, args.sheet)
+    bootstrap(args.run, source, args.out, captioner=args.captioner, filter=args.filter, finetune=finetune, clean=clean,
+              named=named, decision=decision, top_p=args.top_p, max_length=args.max_length, seed=args.seed,
+              batch=args.batch)  # fmt: skip
     return 0
 
 
@@ -319,7 +347,7 @@ def build_parser() -> argparse.ArgumentParser:
                          help="where relative picture paths start from, if not beside the table")  # fmt: skip
 
     data = verbs.add_parser("data", help="get, show and check pictures and texts")
-    parts = data.add_subparsers(dest="part", required=True, metavar="get|show|check|scenes")
+    parts = data.add_subparsers(dest="part", required=True, metavar="get|show|check|scenes|corrupt")
     sub = verb("get", data_get, "bring sample sets to this machine", parts)
     sub.add_argument("names", nargs="+", metavar="NAME", help="furniture, food, interiors")
     sub.add_argument("--packages", metavar="FOLDER",
@@ -348,6 +376,14 @@ def build_parser() -> argparse.ArgumentParser:
                      help="column with the things' names (default: the noun of the source's name column)")  # fmt: skip
     sub.add_argument("--least", type=int, default=2,
                      help="a held-out picture is used if this many training pictures have its name")  # fmt: skip
+
+    sub = verb("corrupt", data_corrupt, "exchange a known share of the captions, to measure what finds the wrong ones",
+               parts)  # fmt: skip
+    source(sub)
+    sub.add_argument("out", help="the folder to write; the truth is in its columns caption_true and corrupted")
+    sub.add_argument("--share", type=float, default=0.3, help="of the captions that go to pictures of other groups")
+    sub.add_argument("--split", default="train", choices=["train", "val", "test"], help="whose captions")
+    sub.add_argument("--seed", type=int, default=0)
 
     sub = verb("train", train_run, "train, or resume, a run")
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped recipe (demo)")
@@ -380,6 +416,34 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--streams", default="dual")
     sub.add_argument("--seeds", default="0,1,2")
     sub.add_argument("--out", default="runs/compare")
+
+    sub = verb("bootstrap", bootstrap_captions, "clean a table's captions by what learnt from them: write one for each "
+               "picture, judge old and new, keep, replace or leave out (CapFilt)")  # fmt: skip
+    sub.add_argument("run", help="a pre-trained run with contrast, match and a decoder (blip-small)")
+    source(sub)
+    sub.add_argument("--out", required=True, metavar="NEW", help="folder of the new table; a killed command goes on")
+    sub.add_argument("--captioner", default="", metavar="RUN", help="another run to write the texts")
+    sub.add_argument("--filter", default="", metavar="RUN", help="another run to judge them: any with a match head")
+    sub.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True,
+                     help="train both on from their runs first")  # fmt: skip
+    sub.add_argument("--clean", metavar="SOURCE", help="what to fine-tune on (default: the source itself)")
+    sub.add_argument("--steps", type=int, default=200, help="of each fine-tuning")
+    sub.add_argument("--finetune-batch", type=int, default=32)
+    sub.add_argument("--lr", type=float, default=1e-4)
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="further keys of both trainings")
+    sub.add_argument("--top-p", type=float, default=0.9, help="share of the probability that words are drawn from")
+    sub.add_argument("--max-length", type=int, default=0, help="tokens of a text (default: as many as in training)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--batch", type=int, default=32, help="pictures judged at once")
+    sub.add_argument("--by", default="match", choices=["match", "cosine"], help="the score that decides")
+    sub.add_argument("--threshold", type=float, help="a text passes from here on (default: fitted)")
+    sub.add_argument("--labels", default="", metavar="COLUMN[=VALUE]",
+                     help="fit the threshold on rows whose column says that the caption is right")  # fmt: skip
+    sub.add_argument("--precision", type=float, default=0.0,
+                     help="fit the lowest threshold of that precision (default: the best balanced accuracy)")
+    sub.add_argument("--both", action="store_true",
+                     help="where both texts pass, add the synthetic one as a row of its own")  # fmt: skip
+    sub.add_argument("--sheet", type=int, default=300, help="rows on the page to review")
 
     sub = verb("index", index_source, "embed a source so that it can be searched; only what changed the next time")
     sub.add_argument("run")

@@ -1,0 +1,85 @@
+"""The captioner and the filter: one pre-trained run, gone on from twice. BLIP (arXiv:2201.12086), section 4: fine-tuned
+apart, since a filter that shares the captioner's weights believes what it wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from interlace.data.rows import Source
+from interlace.errors import UserError
+from interlace.run import Run
+from interlace.settings import Settings, load_settings
+
+
+@dataclass
+class Finetune:
+    """How far both go on from the pre-trained run. `settings`: further keys of a training config, such as
+    train.bf16=true."""
+
+    steps: int = 200
+    batch: int = 32
+    lr: float = 1e-4
+    settings: list[str] = field(default_factory=list)
+
+
+def check_captioner(run: Run) -> None:
+    """Raises UserError for a run that does not write about pictures."""
+    if not run.can_caption:
+        raise UserError(f"the run in {run.folder} does not write about pictures, so it cannot be the captioner: train "
+                        "it with the lm objective (recipe blip-small), or name one that does with --captioner.")
+
+
+def check_filter(run: Run, by: str) -> None:
+    """Raises UserError for a run without the head that judges."""
+    if not run.can_match:
+        raise UserError(f"the run in {run.folder} has no match head, so it cannot be the filter: train it with the itm "
+                        "objective (recipe blip-small), or name a run that has one with --filter.")
+    if by == "cosine" and not run.dim:
+        raise UserError(f"the run in {run.folder} has no contrast head, so texts cannot be judged by cosine: train it "
+                        "with the itc objective, or judge by match.")  # fmt: skip
+
+
+def finetuned(run: Run, role: str, source: Source, named: dict[str, Any], out: Path, how: Finetune, seed: int) -> Path:
+    """Trains the run on as "captioner" (it writes) or "filter" (contrast, and matching with hard negatives), or goes on
+    with such a training that was stopped; the folder of the finished run. `named`: keys of `data` for its config."""
+    from interlace.train import train
+
+    return train(settings_for(run, role, named, out, how, seed), source=source)
+
+
+def settings_for(run: Run, role: str, named: dict[str, Any], out: Path, how: Finetune, seed: int) -> Settings:
+    """What was frozen in pre-training stays frozen, and pictures are varied as they were."""
+    before = _config(run.folder)
+    train = before.get("train") or {}
+    given = [f"{key}={value}" for key, value in {
+        "model.start": run.folder, "train.out": out, "train.steps": how.steps, "train.batch": how.batch,
+        "train.lr": how.lr, "train.seed": seed, "train.evaluate": "false", "train.log_every": 10,
+        "train.checkpoint_every": 50, "train.text_lr": min(float(train.get("text_lr", 2e-5)), how.lr),
+        "train.image_lr": min(float(train.get("image_lr", 0.0)), how.lr),
+    }.items()]  # fmt: skip
+    settings = load_settings(None, ["objectives={lm: {}}", *given, *how.settings])
+    settings.objectives, settings.passes = {}, passes(run, role)
+    for key, value in named.items():
+        setattr(settings.data, key, value)
+    for key in ("views", "keep_states_gb"):
+        if key in (before.get("data") or {}):
+            setattr(settings.data, key, before["data"][key])
+    for key, value in (before.get("augment") or {}).items():
+        setattr(settings.augment, key, value)
+    return settings
+
+
+def passes(run: Run, role: str) -> list[dict[str, Any]]:
+    if role == "captioner":
+        writes = "lm" if run.model.decoder is not None and run.model.config.writes.context == "image" else "prefix_lm"
+        return [{writes: {}}]
+    return [{"itc": {}, "itm": {"negatives": "hard"}}] if run.dim else [{"itm": {"negatives": "drawn"}}]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    file = folder / "config.yaml"
+    return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
