@@ -18,7 +18,8 @@ from tqdm import tqdm
 from interlace.data.rows import Source
 from interlace.data.sources import open_source
 from interlace.errors import UserError
-from interlace.evaluate import Kept, Score, blind_of, evaluate, rows_of
+from interlace.evaluate import blind_of, evaluate, rows_of
+from interlace.held import Kept, Score
 from interlace.run import MARK, Run, write_json
 from interlace.settings import Settings, load_settings
 from interlace.tasks.uncertainty import Difference, holm, paired_difference

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from interlace.compare import Comparison, compare, differences, load_kept, paired, save_kept, what_differs
-from interlace.evaluate import Kept, shuffled
+from interlace.held import Kept, shuffled
 from interlace.tasks.uncertainty import bootstrap_interval, holm, paired_difference
 
 QUERIES, GROUPS = 120, 60

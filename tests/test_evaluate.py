@@ -13,19 +13,8 @@ from PIL import Image
 
 from interlace.cli import main
 from interlace.data.sources import open_source
-from interlace.evaluate import (
-    best,
-    evaluate,
-    hold,
-    markdown,
-    match_logits,
-    notes,
-    reranked,
-    rows_of,
-    scored,
-    shuffled,
-    two_way,
-)
+from interlace.evaluate import best, evaluate, markdown, match_logits, notes, reranked, rows_of, two_way
+from interlace.held import hold, scored, shuffled
 from interlace.model import Half
 from interlace.run import Run, save_run
 from interlace.tasks.metrics import Cosine

@@ -66,13 +66,20 @@ def test_saving_and_loading_print_nothing_of_their_own(run_folder, tmp_path, cap
 
 
 def test_it_learns_and_it_looks_at_the_picture(tiny_run, shapes):
+    """On pictures it has not seen. Three seeds gave R@1 of 1.00, answers of 0.99 to 1.00, and mAP of 0.41 to 0.50 by
+    shape, where chance is 0.32: half of a caption is the colour, and colours are seen first."""
     metrics = evaluate(tiny_run, open_source(shapes), "test")
-    t2i, accuracy = metrics["retrieval"]["t2i"]["R@1"], metrics["vqa"]["accuracy"]
-    assert t2i["value"] > 10 * t2i["chance"]
-    assert t2i["blind"] < 0.3
-    assert accuracy["value"] > accuracy["chance"] + 0.2 and accuracy["blind"] < accuracy["value"] - 0.2
+    for way in ("t2i", "i2t"):
+        recall = metrics["retrieval"][way]["R@1"]
+        assert recall["value"] > 0.8 and recall["blind"] < 0.2, way
+    accuracy = metrics["vqa"]["accuracy"]
+    assert accuracy["value"] > 0.9 and accuracy["blind"] < 0.6
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    assert metrics["vqa"]["by_kind"]["shape"]["value"] > 0.8
     assert metrics["image_to_image"].keys() == {"colour", "shape"}  # repeating texts; numbers and booleans are none
+    colour, shape = (metrics["image_to_image"][name]["mAP"] for name in ("colour", "shape"))
+    assert colour["low"] > 0.45 > colour["chance"] and shape["low"] > shape["chance"]
+    assert shape["value"] > shape["chance"] + 0.07 and shape["value"] > shape["blind"]
 
 
 def test_answers_stay_in_the_list_and_sum_to_one(tiny_run):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.errors import UserError, suggest
-from interlace.evaluate import sample_rows, shuffled
+from interlace.held import sample_rows, shuffled
 from interlace.objectives.mlm import word_logits
 from interlace.objectives.modality_masking import check_hiding, hide_slots
 from interlace.objectives.reconstruct import picture, pixel_losses
