@@ -57,9 +57,9 @@ class CLIPPatchEmbedding(PatchEmbedding):
         self.project = nn.Conv2d(3, spec.width.size, spec.patch, stride=spec.patch, bias=False)
         self.norm = nn.LayerNorm(spec.width.size, eps=spec.width.eps)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, hidden: Tensor | None = None) -> Tensor:
         """(B, 3, h, w), normalised -> (B, 1 + cells, D)."""
-        return self.norm(super().forward(pixels))
+        return self.norm(super().forward(pixels, hidden))
 
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of the release; BLIP's too

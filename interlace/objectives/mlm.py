@@ -119,6 +119,7 @@ class MLM(Objective):
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         labels, states = views.part["word_labels"], views.fused().text
+        assert states is not None
         asked = labels >= 0
         logits = word_logits(model, states[asked])  # (n, V): the hidden positions alone
         target = labels[asked]

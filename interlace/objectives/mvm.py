@@ -57,16 +57,20 @@ class MaskedRegions(Objective):
     """What all guesses at hidden parts of a picture share: who is hidden, and who is scored.
 
     Columns: image (and caption). Hides: `mask` of the regions or grid cells, never the whole picture as a region.
-    Sees: everyone sees everyone. `mismatched` True: scored beside a swapped sentence too.
+    Sees: everyone sees everyone. `mismatched` True: scored beside a swapped sentence too. `kept`: share of the chosen
+    that stay visible and are scored all the same (0.1 in LXMERT, ViLBERT and VL-BERT).
     """
 
     fused = True
     hides_cells = True
 
-    def __init__(self, mask: float = 0.15, at_least_one: bool = True, mismatched: bool = True):
+    def __init__(self, mask: float = 0.15, at_least_one: bool = True, mismatched: bool = True, kept: float = 0.0):
         if not 0 < mask < 1:
             raise UserError(f"{self.name}.mask is the share of regions to hide, above 0 and below 1; got {mask}.")
-        self.mask, self.at_least_one, self.mismatched = mask, at_least_one, mismatched
+        if not 0 <= kept < 1:
+            raise UserError(f"{self.name}.kept is the share of the chosen regions that stay visible, from 0 to below "
+                            f"1; got {kept}.")  # fmt: skip
+        self.mask, self.at_least_one, self.mismatched, self.kept = mask, at_least_one, mismatched, kept
 
     def check(self, model: VLModel) -> None:
         super().check(model)
@@ -78,18 +82,22 @@ class MaskedRegions(Objective):
         if "hidden" in part:  # two guesses at the same hidden regions share a pass: they are hidden once
             return
         may = part["cells"].numpy()
-        hidden = np.zeros_like(may)
+        hidden, visible = np.zeros_like(may), np.zeros_like(may)
         for row, rng in enumerate(rngs):
             places = np.flatnonzero(may[row])
             lots = rng.random(len(places)) < self.mask
             if self.at_least_one and len(places) and not lots.any():
                 lots[int(rng.integers(len(places)))] = True
             hidden[row, places[lots]] = True
-        part["hidden"] = torch.from_numpy(hidden)
+            if self.kept:
+                visible[row, places[lots]] = rng.random(int(lots.sum())) < self.kept
+        part["hidden"] = torch.from_numpy(hidden & ~visible)
+        if self.kept:
+            part["guessed"] = torch.from_numpy(hidden)
 
     def scored(self, part: Batch) -> Tensor:
         """(B, I) bool."""
-        hidden = part["hidden"]
+        hidden = part.get("guessed", part["hidden"])
         if not self.mismatched and "matched" in part:
             hidden = hidden & part["matched"].unsqueeze(1)
         return hidden
@@ -107,13 +115,14 @@ def true_features(model: VLModel, batch: Batch) -> Tensor:
         states = batch.get("image_states")
         if states is None:
             states = image.states(model.normalise(batch["pixel_values"]))  # type: ignore[operator]
+        assert states is not None
         return image.features(states) if isinstance(image, GridTower) else states
 
 
 def feature_table(model: VLModel) -> Tensor:
     """(F, D): the projection of features, read backwards, to which UNITER ties the last linear."""
     regions = model.image.regions if isinstance(model.image, GridTower) else model.image
-    return regions.features.weight.T  # type: ignore[union-attr,operator]
+    return regions.features.weight.T  # type: ignore[union-attr,operator,return-value]
 
 
 class MRFR(MaskedRegions):
@@ -181,8 +190,8 @@ class MRCKL(Beliefs):
     head = "mrc"
 
     def __init__(self, mask: float = 0.15, at_least_one: bool = True, mismatched: bool = True,
-                 sum_classes: bool = False):  # fmt: skip
-        super().__init__(mask, at_least_one, mismatched)
+                 kept: float = 0.0, sum_classes: bool = False):  # fmt: skip
+        super().__init__(mask, at_least_one, mismatched, kept)
         self.sum_classes = sum_classes
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:

@@ -107,11 +107,11 @@ def tiny(**changes: Any) -> VLConfig:
 def small(parts: Parts) -> VLConfig:
     """At the size of the parts; grid cells stand for regions, after the whole picture. Half of the layers cross."""
     width, crossing = parts.width(), max(1, parts.layers // 2)
-    pooled = {"pool": "relu", "pool_size": width.size}
+    pooled: dict[str, Any] = {"pool": "relu", "pool_size": width.size}
     segments = {"text": [TEXT] * (parts.layers - crossing), "cross": [co(), BOTH] * crossing}
     labels = {"mlm": {"kind": "tied", "labels": parts.vocabulary}, "match": {"kind": "product", "labels": 2},
               "mrc": {"kind": "transformed", "labels": parts.classes, "stream": "image"}}  # fmt: skip
-    return vilbert(text=parts.words(**pooled), image=parts.grid(ViLBERTRegions, whole=True, **pooled),
+    return vilbert(text=parts.words(**pooled), image=parts.grid(ViLBERTRegions, whole=True, **pooled),  # type: ignore
                    segments=segments, heads=labels)  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def start(config: VLConfig) -> dict[str, Any]:
 PRETRAIN: list[dict[str, Any]] = [
     {"mlm": {"mask": 0.15, "at_least_one": False},
      "mrc_kl": {"mask": 0.15, "at_least_one": False, "kept": 0.1, "sum_classes": True},
-     "itm": {"negatives": "swap"}},
+     "itm": {"negatives": "swap", "rate": 0.5}},
 ]  # fmt: skip
 
 
