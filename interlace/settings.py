@@ -39,6 +39,7 @@ class TrainSettings:
     steps: int = 0  # 0: as many as `epochs` gives
     batch: int = 64  # rows per optimiser step and rank
     accumulate: int = 1  # micro-batches the batch is split into
+    memory: str = ""  # such as 8GB: as many micro-batches as it takes to stay below
     lr: float = 5e-4  # of everything that starts untrained
     aligned_lr: float = 5e-5  # of the projections and the contrast, where they start aligned (model.align)
     text_lr: float = 2e-5  # of the text tower; 0 freezes it

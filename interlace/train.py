@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from interlace.data.step import Item, Step, items_of, pictures_of
 from interlace.embed.grid import GridTower
 from interlace.errors import Stopped, UserError, suggest
 from interlace.learner import Learner
+from interlace.memory import choose_micro_batch, hold, parse_bytes
 from interlace.objectives import Objective, Pass, build_objective
 from interlace.objectives.base import check_options, check_type
 from interlace.objectives.whole import Ahead, look_ahead, set_random_state
@@ -56,7 +57,7 @@ def answer_list(source: Source, min_count: int = 1, split: str = "train") -> lis
 
 
 WITH_ANSWERS = ("vqa", "answers")  # objectives that choose from a list made of the data
-WITH_CAPTIONS = ("itc", "itm", "mlm", "wra", "wpa", "prefix_lm", "lm")
+WITH_CAPTIONS = ("itc", "itc_momentum", "itc_sigmoid", "itm", "mlm", "wra", "wpa", "prefix_lm", "lm")
 
 
 def build_passes(settings: Settings, source: Source) -> list[Pass]:
@@ -187,8 +188,11 @@ class VLTrainer(SafeTrainer):
         for batch in islice(batches, most):
             counts.append([{} if part is None else one.totals(part, batch)
                            for one, part in zip(self.learner.passes, batch["parts"])])  # fmt: skip
-            yield self._prepare_input({k: v for k, v in batch.items() if k not in ("ids", "skipped")})
+            yield self._on_device({k: v for k, v in batch.items() if k not in ("ids", "skipped")})
             step.add(batch)
+
+    def _on_device(self, batch: dict) -> dict:
+        return cast(dict, self._prepare_input(batch))
 
     def _read(self, items: list[list[Item]]) -> Iterator[dict]:
         """The pictures of rows, once more."""
@@ -229,7 +233,7 @@ class VLTrainer(SafeTrainer):
         if self._ahead:
             ahead = self._ahead.pop(0)
             for objective, read in self._partners.items():
-                ahead.whole[objective].partners = self._prepare_input(next(read))
+                ahead.whole[objective].partners = self._on_device(next(read))
             inputs["ahead"] = ahead
             set_random_state(ahead.random)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -269,8 +273,8 @@ class VLTrainer(SafeTrainer):
 
 
 class CollapseAlarm(TrainerCallback):
-    """Says so when an objective has stopped telling things apart: ITM predicts one class, or ITC's loss is that of
-    knowing nothing. Once per objective; a healthy log in between arms it again."""
+    """Says so when an objective has stopped telling things apart: ITM predicts one class, or a contrast's loss is that
+    of knowing nothing, which it logs as its `_chance`. Once per objective; a healthy log in between arms it again."""
 
     def __init__(self, after: int, patience: int = 5):
         self.after, self.patience = after, patience
@@ -282,16 +286,18 @@ class CollapseAlarm(TrainerCallback):
         if state.global_step < self.after:
             return
         signs = {}
-        if "itm_positive" in logs:
-            share = logs["itm_positive"]
-            signs["itm"] = (share < 0.02 or share > 0.98,
-                            f"itm predicts one class ({share:.0%} match): lower train.lr, or start with "
-                            "objectives.itm.negatives=drawn and let itc learn first")  # fmt: skip
-        if "itc" in logs:
-            itc, chance = logs["itc"], logs["itc_chance"]
-            signs["itc"] = (itc > 0.98 * chance,
-                            f"itc is at {itc:.2f}, the loss of knowing nothing is ln(batch) = {chance:.2f}: "
-                            "raise train.lr or check that captions belong to their pictures")  # fmt: skip
+        for key in logs:
+            if key.endswith("itm_positive"):
+                name, share = key.removesuffix("_positive"), logs[key]
+                signs[name] = (share < 0.02 or share > 0.98,
+                               f"{name} predicts one class ({share:.0%} match): lower train.lr, or start with "
+                               "objectives.itm.negatives=drawn and let itc learn first")  # fmt: skip
+            elif key.endswith("_chance") and key.removesuffix("_chance") in logs:
+                name, chance = key.removesuffix("_chance"), logs[key]
+                what = "ln(batch)" if name.endswith("itc") else "that of a constant"
+                signs[name] = (logs[name] > 0.98 * chance,
+                               f"{name} is at {logs[name]:.2f}, the loss of knowing nothing is {what} = {chance:.2f}: "
+                               "raise train.lr or check that captions belong to their pictures")  # fmt: skip
         for name, (bad, why) in signs.items():
             self.bad[name] = self.bad[name] + 1 if bad else 0
             if self.bad[name] == self.patience:
@@ -320,6 +326,11 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         return out
     t = settings.train
     _check(t)
+    if t.memory:
+        parse_bytes(t.memory)
+        if t.accumulate != 1:
+            raise UserError(f"train.memory chooses the micro-batches that train.accumulate={t.accumulate} fixes: leave "
+                            "one of them out.")  # fmt: skip
     if t.batch % t.accumulate:
         raise UserError(f"train.batch {t.batch} does not divide into train.accumulate {t.accumulate} micro-batches.")
     _same_settings(out, settings)
@@ -330,7 +341,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         for line in source.describe_columns():
             print(line)
     rows = len(source.indices("train"))
-    arguments = _arguments(settings, out)
+    arguments = training_arguments(settings, out)
     whole = t.batch * arguments.world_size  # rows of an optimiser step
     if rows < whole:
         ranks = f" on each of {arguments.world_size} ranks" if arguments.world_size > 1 else ""
@@ -349,9 +360,14 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     out.mkdir(parents=True, exist_ok=True)
     settings.save(out / "config.yaml")
     write_json(out / "data.json", describe_data(source))
+    collate = Collate(processor, states, passes, learner.cells_to_hide(), shape_of(processor))
+    if t.memory:
+        if t.gradient_checkpointing:
+            learner.gradient_checkpointing_enable()
+        micro = choose_micro_batch(out, t, learner, samples, collate)
+        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = micro, t.batch // micro
     trainer = VLTrainer(learner=learner, settings=settings, aligned=aligned, args=arguments, train_dataset=samples,
-                        data_collator=Collate(processor, states, passes, learner.cells_to_hide(), shape_of(processor)),
-                        log_file=out / LOG, progress_seconds=10)  # fmt: skip
+                        data_collator=collate, hold=hold(t, learner.device), log_file=out / LOG, progress_seconds=10)
     trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, rows) // 5)))
     trainer.train(resume_from_checkpoint=newest_complete(out / CHECKPOINTS) is not None)
     if trainer.stopped_by is not None:
@@ -446,7 +462,7 @@ def trainer_steps(settings: Settings, rows: int) -> int:
     return t.steps or math.ceil(t.epochs * (rows // t.batch or 1))
 
 
-def _arguments(settings: Settings, out: Path) -> TrainingArguments:
+def training_arguments(settings: Settings, out: Path) -> TrainingArguments:
     t = settings.train
     micro = t.batch // t.accumulate
     return TrainingArguments(

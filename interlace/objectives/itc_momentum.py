@@ -77,6 +77,7 @@ class MomentumITC(Objective):
 
     def before_step(self, model: VLModel, epoch: float) -> None:
         slow = self.slow(model)
+        slow.seen = {}
         slow.follow(model)
         slow.alpha = self.alpha * min(1.0, epoch / self.ramp) if self.ramp else self.alpha
 
@@ -126,7 +127,7 @@ class MomentumITC(Objective):
             with torch.no_grad():
                 right.append(mean(together.gather(1, logits.argmax(1, keepdim=True))[:, 0].float(), mine))
         loss = loss * whole.shares / count
-        return Scored(loss, {self.name: loss.detach(), f"{self.name}_accuracy": sum(right) / 2,
+        return Scored(loss, {self.name: loss.detach(), f"{self.name}_accuracy": (right[0] + right[1]) / 2,
                              f"{self.name}_chance": real.sum().float().log()})  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def round_robin(text: Tensor, image: Tensor, group: Tensor, real: Tensor, head: 
             if source == rank():
                 back = chunk.grad
     sums = {"right": (right & real).sum().float(), "rows": real.sum().float(), **counts}
-    by_head = [leaf.grad for leaf in leaves[1:]]
+    by_head = [leaf.grad for leaf in leaves[1:] if leaf.grad is not None]
     for tensor in (value, *by_head, *sums.values()):
         add_up(tensor)
     return Cached(value, back, leaves[0].grad, by_head, sums)  # type: ignore[arg-type]

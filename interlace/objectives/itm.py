@@ -153,16 +153,17 @@ class ITM(Objective):
         return self.among == "batch" and self.negatives in ("hard", "both") and (parts > 1 or world() > 1)
 
     def look(self, model: VLModel, batch: Batch, views: Views) -> dict[str, Tensor]:
-        words = {key: batch[key] for key in ("caption_ids", "caption_states", "caption_mask") if key in batch}
+        names = ("caption_ids", "caption_states", "caption_mask")
+        words: dict[str, Tensor] = {name: batch[name] for name in names if name in batch}
         return {"image": views.vector("image"), "text": views.vector("caption"), "group": batch["group"],
                 "real": batch["caption_real"], "lots": views.part["lots"], "item": batch["item"], **words}  # fmt: skip
 
     @torch.no_grad()
     def settle(self, model: VLModel, rows: dict[str, Tensor]) -> tuple[Tensor, ...]:
         n = len(rows["group"])
-        known = [rows[name] for name in ("text", "image", "group", "real", "lots")]
-        block = max(1, PAIRS // n)
-        chosen = [hard_negatives(slice(at, at + block), *known, model.contrast.scale) for at in range(0, n, block)]
+        blocks = [slice(at, at + max(1, PAIRS // n)) for at in range(0, n, max(1, PAIRS // n))]
+        chosen = [hard_negatives(of, rows["text"], rows["image"], rows["group"], rows["real"], rows["lots"],
+                                 model.contrast.scale) for of in blocks]  # fmt: skip
         return tuple(torch.cat(column) for column in zip(*chosen))
 
     def wants(self, whole: Whole) -> Tensor:

@@ -33,7 +33,8 @@ class Momentum(nn.Module):
         super().__init__()
         config: VLConfig = copy.deepcopy(model.config)  # type: ignore[assignment]
         config.writes, config.heads = None, {"contrast": config.heads["contrast"]}
-        self.model, self.decay, self.size = VLModel(config).to(model.device).eval(), decay, queue
+        self.model, self.decay, self.size = VLModel(config).eval(), decay, queue
+        nn.Module.to(self.model, model.device)
         self._share_frozen(model)
         self.follow(model, decay=0.0)
         self.requires_grad_(False)

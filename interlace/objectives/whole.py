@@ -56,7 +56,7 @@ def look_ahead(learner: Learner, batches: Iterable[Batch], parts: int,
     learner.train()
     ahead, looked, own = [], [], []
     start = 0
-    with _statistics_stay(learner):
+    with statistics_stay(learner):
         for batch in batches:
             random = random_state()
             with autocast():
@@ -196,7 +196,7 @@ def set_random_state(state: RandomState) -> None:
 
 
 @contextmanager
-def _statistics_stay(module: nn.Module) -> Iterator[None]:
+def statistics_stay(module: nn.Module) -> Iterator[None]:
     """Batch norms that learn their running statistics see each row once, not twice."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
     kept = [(b, b.clone()) for m in norms for b in m.buffers()]

@@ -1,0 +1,101 @@
+"""The micro-batch that fits into so much memory: chosen by measuring, kept for a resumed run, without a trace."""
+
+import json
+
+import pytest
+import torch
+
+from interlace import memory
+from interlace.data.batches import Collate, Samples
+from interlace.data.sources import open_source
+from interlace.errors import UserError
+from interlace.memory import choose_micro_batch, largest, parse_bytes, peak, step_peak
+from interlace.train import build_passes, make_learner, train
+from tests.conftest import toy_settings
+
+
+def test_sizes_are_read_and_nonsense_is_not():
+    assert parse_bytes("8GB") == 8e9 and parse_bytes(" 1.5 gib") == 1.5 * 2**30 and parse_bytes("500mb") == 5e8
+    for text in ("8", "lots", "GB", "0GB", "-1GB", "1.2.3GB", "8PB"):
+        with pytest.raises(UserError, match=r"train\.memory is a size such as 8GB"):
+            parse_bytes(text)
+
+
+@pytest.mark.parametrize("measure", [lambda n: 100 + 10 * n, lambda n: 100 + n * n, lambda n: 300 - 300 / n])
+@pytest.mark.parametrize("room", [130, 200, 500, 10**6])
+def test_the_largest_divisor_that_fits_is_chosen(measure, room):
+    if measure(2) > room:
+        with pytest.raises(UserError, match=r"train\.memory leaves .* and one of 2 rows takes"):
+            largest(96, room, measure)
+        return
+    rows, took = largest(96, room, measure)
+    assert 96 % rows == 0 and took == measure(rows) <= room
+    if measure(96) == 100 + 10 * 96:  # on a line none larger would have fitted
+        assert all(measure(n) > room for n in range(rows + 1, 97) if 96 % n == 0)
+
+
+def test_the_peak_is_what_was_held_at_once():
+    def work():
+        first = torch.zeros(1000, 1000)
+        second = first + 1
+        del first, second
+        torch.zeros(500, 1000)
+
+    assert peak(work, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def made(shapes, text_tower, tmp_path_factory):
+    settings = toy_settings(shapes, text_tower, tmp_path_factory.mktemp("memory") / "run", batch=48)
+    settings.objectives = {"itc_momentum": {"size": 32, "queue": 48}, "itm": {"negatives": "hard", "among": "batch"}}
+    settings.model.dropout = 0.1
+    source = open_source(shapes)
+    passes = build_passes(settings, source)
+    learner, processor = make_learner(settings, passes)
+    learner.attach(48, 144)
+    return settings, learner, Samples(source, "train", processor, passes, 0), Collate(processor, passes=passes)
+
+
+def test_more_rows_take_more_and_measuring_leaves_no_trace(made):
+    _, learner, samples, collate = made
+    before = {n: x.clone() for n, x in [*learner.state_dict().items(), *learner.beside_tensors().items()]}
+    random = torch.get_rng_state()
+    few, many = (step_peak(learner, samples, collate, rows) for rows in (4, 16))
+    assert 2 < many / few < 5
+    assert torch.get_rng_state().equal(random) and all(p.grad is None for p in learner.parameters())
+    assert all(x.equal(before[n]) for n, x in [*learner.state_dict().items(), *learner.beside_tensors().items()])
+
+
+def test_the_choice_is_made_once_and_found_again(made, tmp_path, monkeypatch, capsys):
+    settings, learner, samples, collate = made
+    monkeypatch.setattr(memory, "in_use", lambda device: 0)
+    needs = {rows: step_peak(learner, samples, collate, rows) for rows in (12, 24)}
+    fixed = 3 * sum(p.nbytes for p in learner.parameters()) + 4 * 8 * (48 * 32 + 48**2) + 48 * 3 * 48 * 48
+    settings.train.memory = f"{(fixed + 1.1 * (needs[12] + needs[24]) / 2) / 1e6}MB"
+    (tmp_path / "tight").mkdir()
+    rows = choose_micro_batch(tmp_path / "tight", settings.train, learner, samples, collate)
+    assert rows in (12, 16) and f"micro-batches of {rows} rows, {48 // rows} in a step" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tight" / memory.CHOSEN).read_text())["rows"] == rows
+    monkeypatch.setattr(memory, "step_peak", None)  # it may not be measured again
+    assert choose_micro_batch(tmp_path / "tight", settings.train, learner, samples, collate) == rows
+
+
+def test_a_run_within_little_memory_learns_in_micro_batches(shapes, text_tower, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "in_use", lambda device: 0)
+    settings = toy_settings(shapes, text_tower, tmp_path / "run", steps=2, batch=48, evaluate=False, log_every=1,
+                            memory="5MB")  # fmt: skip
+    settings.objectives = {"itc": {"size": 32}}
+    train(settings)
+    chosen = json.loads((tmp_path / "run" / memory.CHOSEN).read_text())
+    assert 2 <= chosen["rows"] < 48 and chosen["bytes"] <= 5e6
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert first["itc_chance"] == pytest.approx(3.8712, abs=1e-3)  # ln 48
+
+
+def test_settings_of_memory_that_cannot_work_are_explained(shapes, text_tower, tmp_path):
+    settings = toy_settings(shapes, text_tower, tmp_path / "run", memory="8GB", accumulate=2)
+    with pytest.raises(UserError, match=r"train\.memory chooses the micro-batches that train\.accumulate=2 fixes"):
+        train(settings)
+    settings = toy_settings(shapes, text_tower, tmp_path / "run", memory="1MB")
+    with pytest.raises(UserError, match=r"train\.memory leaves 0 MB for a micro-batch"):
+        train(settings)
