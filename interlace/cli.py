@@ -247,12 +247,32 @@ def answer_question(args: argparse.Namespace) -> int:
 
     picture = open_query_picture(args.image)
     allowed = [a.strip() for a in args.allowed.split(",")] if args.allowed else None
-    answers = Run.load(args.run).answer(picture, args.question, allowed)[: args.k]
+    run = Run.load(args.run)
+    if run.can_write_answers and not run.can_answer and allowed is None:  # in its own words, which have no list
+        written = run.write_answer(picture, args.question)
+        print(json.dumps([{"answer": written}], ensure_ascii=False) if args.json else written)
+        return 0
+    answers = run.answer(picture, args.question, allowed)[: args.k]
     if args.json:
         print(json.dumps([{"answer": a, "probability": p} for a, p in answers], ensure_ascii=False, indent=2))
     else:
         for answer, probability in answers:
             print(f"{probability:6.1%}  {'#' * round(30 * probability):30s}  {answer}")
+    return 0
+
+
+def write_captions(args: argparse.Namespace) -> int:
+    from interlace.run import Run
+
+    pictures = [open_query_picture(path) for path in args.images]
+    captions = Run.load(args.run).caption(pictures, prompt=args.prompt, beams=args.beams, max_length=args.max_length,
+                                          sample=args.sample, top_p=args.top_p, seed=args.seed)  # fmt: skip
+    if args.json:
+        print(json.dumps([{"image": i, "caption": c} for i, c in zip(args.images, captions)], ensure_ascii=False,
+                         indent=2))  # fmt: skip
+    else:
+        for image, text in zip(args.images, captions):
+            print(text if len(captions) == 1 else f"{image}\t{text}")
     return 0
 
 
@@ -470,6 +490,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("question")
     sub.add_argument("--allowed", help='only these answers: "Kitchen,Bathroom"')
     sub.add_argument("-k", type=int, default=5)
+    sub.add_argument("--json", action="store_true")
+
+    sub = verb("caption", write_captions, "write about pictures, by a run that learnt to (lm, prefix_lm)")
+    sub.add_argument("run")
+    sub.add_argument("images", nargs="+", metavar="PICTURE")
+    sub.add_argument("--prompt", default="", help='words each caption begins with: "a photo of"')
+    sub.add_argument("--beams", type=int, default=3)
+    sub.add_argument("--sample", action="store_true", help="draw the words instead of searching for the likeliest")
+    sub.add_argument("--top-p", type=float, default=0.9, help="share of the probability that is drawn from")
+    sub.add_argument("--seed", type=int, default=0, help="of the draw")
+    sub.add_argument("--max-length", type=int, default=0, help="tokens (default: as many as in training)")
     sub.add_argument("--json", action="store_true")
 
     sub = verb("demo", demo, "open the search page in the browser")

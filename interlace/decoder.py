@@ -189,6 +189,12 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """`context_mask` (B, K), 1 = may be read. With `past_key_values`, `input_ids` are the words that are new.
         `first` (B,): the position of each text's first word, where it goes on from a prefix; None: 0."""
+        text = self.states(input_ids, context, context_mask, past_key_values, first)
+        return CausalLMOutputWithPast(logits=self.says(text), past_key_values=past_key_values)  # type: ignore[arg-type]
+
+    def states(self, input_ids: Tensor, context: Tensor, context_mask: Tensor | None = None,
+               past_key_values: EncoderDecoderCache | None = None, first: Tensor | None = None) -> Tensor:  # fmt: skip
+        """As `forward`, before the head: (B, T, D)."""
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
         length, device = input_ids.shape[1], input_ids.device
         past = torch.ones(1, length, before + length, dtype=torch.bool, device=device).tril(before)
@@ -199,10 +205,11 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
             see = Recalling(see.tt, see.ti)
             see.memory = Memory(past_key_values, self.places())
         words = self.words(input_ids, start=before if first is None else before + first.unsqueeze(1))  # (B, T, D)
-        text = self.schedule(Streams(words, context), see).text
-        table: Tensor = self.words.words.weight  # type: ignore[union-attr,assignment]
-        logits = self.head(text, table)  # (B, T, V)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+        return cast(Tensor, self.schedule(Streams(words, context), see).text)
+
+    def says(self, states: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return self.head(states, self.words.words.weight)  # type: ignore[union-attr]
 
     def places(self) -> dict[int, int]:
         """id of each attention, borrowed ones too -> number of its layer."""

@@ -11,13 +11,15 @@ from torch.nn import functional as F
 from interlace.decoder import TextDecoder
 from interlace.errors import UserError
 from interlace.model import Half, VLModel
-from interlace.objectives.lm import text_losses, written
+from interlace.objectives.lm import read_for, text_losses, written
+from interlace.objectives.prefix_lm import read_prefix, reads_both
+from interlace.prefix_generation import PrefixWriter
 
 
 def decoder_of(model: VLModel, context: str) -> TextDecoder:
     if model.decoder is None or model.config.writes.context != context:
-        raise UserError(f"this model has no decoder that reads the {context}: "
-                        + ("use blip_caption or blip." if context == "image" else "use blip_vqa."))  # fmt: skip
+        fix = {"image": "use blip_caption or blip.", "text": "use blip_vqa.", "both": "train it with prefix_lm."}
+        raise UserError(f"this model has no decoder that reads the {context}: {fix[context]}")
     return model.decoder
 
 
@@ -27,9 +29,7 @@ def write(decoder: TextDecoder, context: Half, prompt: Tensor | None = None, bea
     """Context (B, K, C) -> ids (B, L), prompt included, ended by [SEP] and then padded. `prompt` (P,) or (B, P) begins
     with the decoder's start; None: the start alone. Both lengths count the prompt. `options`: transformers' own, such
     as do_sample, top_p, repetition_penalty, use_cache."""
-    if prompt is None:
-        prompt = torch.tensor([decoder.config.bos_token_id])
-    ids = prompt.to(context.states.device).expand(len(context.states), -1)
+    ids = _prompts(prompt, decoder.config.bos_token_id, context)
     if beams > 1 and not options.get("do_sample"):
         options["custom_generate"] = search_beams
     options = {"do_sample": False, "max_length": max_length, "min_length": min_length, "num_beams": beams, **options}
@@ -37,14 +37,60 @@ def write(decoder: TextDecoder, context: Half, prompt: Tensor | None = None, bea
 
 
 def caption(model: VLModel, pixels: Tensor, prompt: Tensor | None = None, **options: Any) -> Tensor:
-    """Pictures (B, 3, S, S) -> ids (B, L) of a caption each, see `write`."""
-    return write(decoder_of(model, "image"), model.half_image(pixels), prompt, **options)
+    """Pictures (B, 3, S, S) -> ids (B, L) of a caption each, see `describe`."""
+    with torch.no_grad():
+        image = model.half_image(pixels)
+    return describe(model, image, prompt, **options)
+
+
+@torch.no_grad()
+def describe(model: VLModel, image: Half, prompt: Tensor | None = None, ends: tuple[int, int, int] | None = None,
+             **options: Any) -> Tensor:  # fmt: skip
+    """The image's half -> ids (B, L) of a caption each, see `write`: by the decoder that reads the image, by the one
+    that reads the image and the prompt, or, without a decoder, by the model's own layers; then `ends` are the ids a
+    text starts and ends with and is padded by. Raises UserError for a model that does not write about pictures."""
+    if model.decoder is None:
+        if ends is None:
+            raise UserError("this model has no decoder: to write with its own layers, give `ends`, the ids of a text's "
+                            "start, end and padding.")  # fmt: skip
+        return write_on(PrefixWriter(model, *ends), image, prompt, **options)
+    if reads_both(model):
+        return write_after(model, image, prompt, **options)
+    return write(decoder_of(model, "image"), image, prompt, **options)
+
+
+@torch.no_grad()
+def write_on(writer: PrefixWriter, image: Half, prompt: Tensor | None = None, beams: int = 3, max_length: int = 20,
+             min_length: int = 5, **options: Any) -> Tensor:  # fmt: skip
+    """As `write`, without a decoder; beams are transformers' own."""
+    ids = _prompts(prompt, writer.config.bos_token_id, image)
+    options = {"do_sample": False, "max_length": max_length, "min_length": min_length,
+               "num_beams": 1 if options.get("do_sample") else beams, **options}  # fmt: skip
+    return writer.generate(ids, None, image, **options)
+
+
+def write_after(model: VLModel, image: Half, prompt: Tensor | None = None, max_length: int = 20, min_length: int = 5,
+                **options: Any) -> Tensor:  # fmt: skip
+    """As `write`, where the prompt is read with the image, and the decoder goes on from it."""
+    decoder = decoder_of(model, "both")
+    ids = _prompts(prompt, decoder.config.bos_token_id, image)
+    given = ids.shape[1]
+    places = torch.full_like(ids[:, 0], given)
+    context = read_prefix(model, ids, torch.ones_like(ids), places, image)
+    out = write(decoder, context, None, max_length=max_length - given + 1, min_length=max(min_length - given + 1, 0),
+                first=places, **options)  # fmt: skip
+    return torch.cat([ids, out[:, 1:]], 1)
+
+
+def _prompts(prompt: Tensor | None, start: int, image: Half) -> Tensor:
+    """(P,) or (B, P) or None, the start alone -> (B, P)."""
+    prompt = torch.tensor([start]) if prompt is None else prompt
+    return prompt.to(image.states.device).expand(len(image.states), -1)
 
 
 def ask(model: VLModel, question: Tensor, mask: Tensor | None, pixels: Tensor) -> Half:
     """Questions (B, T), beginning with [ENC], that have seen their pictures: what the answers are written from."""
-    text = model.half_text(question, mask)
-    return Half(model.fuse(text, model.half_image(pixels)).text, text.mask)  # type: ignore[arg-type]
+    return read_for(model, model.half_text(question, mask), model.half_image(pixels))
 
 
 def answer(model: VLModel, asked: Half, beams: int = 3, max_length: int = 10, min_length: int = 1,

@@ -7,98 +7,21 @@ their keys and values are computed once, for all beams and all steps. Wang et al
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from interlace.decoder import Memory, Recalling
 from interlace.embed.stem import TextTower
-from interlace.embed.words import WordEmbedding
 from interlace.errors import UserError
-from interlace.heads import Tied
-from interlace.layers import Attend, Kind, Width, build_layer
-from interlace.model import Half, VLModel, _with_mask
+from interlace.layers import Attend
+from interlace.model import Half, VLModel
+from interlace.objectives.mlm import word_logits
+from interlace.objectives.prefix_lm import check_writes
 from interlace.streams import Streams, Visibility, first_words, prefix
-
-# ------------------------------------------------------------------------------------------- which models can write
-
-
-def check_writes(model: VLModel, head: str = "mlm") -> None:
-    """Raises UserError for a model whose states at a word know later words, or whose words never see the picture, or
-    without a head `head` that says a word."""
-    if not model.fuses:
-        raise UserError("in late fusion no layer lets a word see the picture, so the model cannot write about it: "
-                        "choose fusion mid or early.")  # fmt: skip
-    if head not in model.heads:
-        raise UserError(f"this model has no head {head!r} to say a word with: train it with prefix_lm, or give it the "
-                        f"head {{{head!r}: {{'kind': 'tied', 'labels': vocabulary}}}}.")  # fmt: skip
-    if isinstance(model.heads[head], Tied):
-        word_table(model)
-    for kind in {kind for kinds in model.config.segments.values() for kind in kinds}:
-        if not keeps_order(kind):
-            raise UserError(f"a layer of kind {kind} tells the picture or earlier words about later ones, so the model "
-                            "would learn to copy instead of to write. A kind that takes part reads words only through "
-                            "the visibility it is given.")  # fmt: skip
-    if not isinstance(model.text, WordEmbedding) and looks_ahead(model.text):
-        spec: Any = model.config.text
-        what = getattr(spec, "tower", {}).get("model_type", spec.name)
-        raise UserError(f"the text part ({what}) looks at later words before it says anything of a word, so predicting "
-                        "the next one from it would be copying. Take words without a tower, a tower that reads from "
-                        "left to right (gpt2), or a decoder, which writes what the whole model has read.")  # fmt: skip
-
-
-@cache
-def keeps_order(kind: Kind) -> bool:
-    """Whether a small layer of this kind, with random weights so that a gate which starts shut is open, gives the same
-    states of earlier words and of the picture however the text goes on."""
-    width, words, cells = Width(8, heads=2, dropout=0.0, attention_dropout=0.0), 4, 3
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        layer = build_layer(kind, width, width).eval()
-        for parameter in layer.parameters():
-            nn.init.normal_(parameter, std=0.5)
-        text, image = torch.randn(1, words, 8), torch.randn(1, cells, 8)
-        given = torch.tensor([[True, True, False, False]])
-        long = layer(Streams(text, image), prefix(None, None, given))
-        short = layer(Streams(text[:, :3], image), prefix(None, None, given[:, :3]))
-    pairs = [(long.text[:, :3], short.text), (long.image, short.image)]
-    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-4) for a, b in pairs)
-
-
-@torch.no_grad()
-def looks_ahead(text: nn.Module) -> bool:
-    """Whether what a text part says of three words depends on the fourth."""
-    was = text.training
-    text.eval()
-    device = next(text.parameters()).device
-    texts = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device)
-    states, _ = _with_mask(text(texts), None)
-    one, other = states[:, :3].float()
-    text.train(was)
-    return not torch.allclose(one, other, atol=1e-3 * float(one.abs().max()))
-
-
-def word_table(model: VLModel) -> Tensor:
-    """(V, D), the words' vectors, for a head that is tied to them. Raises UserError when they have another width."""
-    text, size = model.text, model.config.text.width.size
-    table = cast(Any, text.tower.get_input_embeddings() if isinstance(text, TextTower) else text.words).weight
-    if table.shape[1] != size:
-        raise UserError(f"the text tower's words have {table.shape[1]} numbers, the stream {size}: a head cannot be "
-                        "tied to them. Give it `kind: transformed`, or the stream the tower's width.")  # fmt: skip
-    return table
-
-
-def word_logits(model: VLModel, states: Tensor, head: str = "mlm") -> Tensor:
-    """(..., D) of the text stream -> (..., V)."""
-    says = model.heads[head]
-    return says(states, word_table(model)) if isinstance(says, Tied) else says(states)
-
-
-# -------------------------------------------------------------------------------------------------------- the writer
 
 
 class PrefixCache(EncoderDecoderCache):

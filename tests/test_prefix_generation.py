@@ -7,8 +7,9 @@ from test_prefix_lm import SCHEDULES, WIDE_PRE, build, with_tower
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
 from interlace.model import Half
+from interlace.objectives.mlm import word_logits
 from interlace.objectives.prefix_lm import read_and_write
-from interlace.prefix_generation import PrefixWriter, word_logits
+from interlace.prefix_generation import PrefixWriter
 from interlace.presets import lxmert, uniter, vilbert, vilt, visual_bert
 
 START, END, PAD = 1, 2, 0

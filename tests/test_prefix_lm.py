@@ -11,8 +11,8 @@ from interlace.embed.words import Words
 from interlace.errors import UserError
 from interlace.layers import BOTH, IMAGE, JOINT, READ, TEXT, Width, co, norm
 from interlace.model import Half, VLModel
-from interlace.objectives.prefix_lm import next_words, read_and_write, read_prefix, rest
-from interlace.prefix_generation import check_writes, word_logits
+from interlace.objectives.mlm import word_logits
+from interlace.objectives.prefix_lm import check_writes, next_words, read_and_write, read_prefix, rest
 from interlace.presets import vl_bert
 from interlace.streams import first_words, prefix
 
@@ -285,6 +285,6 @@ def test_who_cannot_write_is_told_why():
         check_writes(VLModel(config(PRE, fusion="mid", layers=2, heads={})))
     with pytest.raises(UserError, match=r"vl_bert_meet.*later ones"):  # its regions are placed after the last word
         check_writes(VLModel(vl_bert.tiny()))
-    with pytest.raises(UserError, match="32 numbers, the stream 48"):
+    with pytest.raises(UserError, match=r"have 32 numbers and the head .* 48"):
         check_writes(VLModel(with_tower("gpt2", WIDE_PRE)))
     check_writes(VLModel(with_tower("gpt2", WIDE_PRE, "transformed")))

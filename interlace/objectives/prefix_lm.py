@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from interlace.decoder import TextDecoder
-from interlace.model import Half, VLModel, VLOutput
-from interlace.streams import first_words, prefix
+from interlace.decoder import Decoder, TextDecoder
+from interlace.embed.base import Embedder
+from interlace.embed.words import WordEmbedding
+from interlace.errors import UserError
+from interlace.heads import Tied
+from interlace.layers import Kind, Width, build_layer
+from interlace.model import Half, VLModel, VLOutput, _with_mask
+from interlace.objectives.base import Batch, Objective, Scored, Views
+from interlace.objectives.lm import ends, framed, own_decoder, read_for, words_scored
+from interlace.objectives.mlm import word_head, word_logits, word_table
+from interlace.streams import Streams, first_words, prefix
 
 
 def read_and_write(model: VLModel, ids: Tensor, mask: Tensor | None, given: Tensor, image: Half | None) -> VLOutput:
@@ -29,10 +41,7 @@ def next_words(ids: Tensor, mask: Tensor, given: Tensor) -> Tensor:
 def read_prefix(model: VLModel, ids: Tensor, mask: Tensor, given: Tensor, image: Half | None) -> Half:
     """Encoder and decoder: the prefix (the first `given` (B,) of the words (B, T)) and the image's half through the
     model, where all see each other -> what the decoder reads. The other words are not there at all."""
-    assert model.decoder is not None
-    text = model.half_text(ids, mask.bool() & first_words(given, ids.shape[1]))
-    out = model.fuse(text, image)
-    return Half(*model.decoder.beside(out.text, text.mask, out.image, None if image is None else image.mask))
+    return read_for(model, model.half_text(ids, mask.bool() & first_words(given, ids.shape[1])), image)
 
 
 def rest(decoder: TextDecoder, ids: Tensor, mask: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,3 +58,152 @@ def rest(decoder: TextDecoder, ids: Tensor, mask: Tensor, given: Tensor) -> tupl
     start, pad = decoder.config.bos_token_id, decoder.config.pad_token_id
     before = F.pad(words.masked_fill(~real, pad)[:, :-1], (1, 0), value=start)
     return before, words.masked_fill(~real, -100)
+
+
+# ------------------------------------------------------------------------------------------- which models can write
+
+
+def check_writes(model: VLModel, head: str = "mlm") -> None:
+    """Raises UserError for a model whose states at a word know later words, or whose words never see the picture, or
+    without a head `head` that says a word."""
+    if not model.fuses:
+        raise UserError("in late fusion no layer lets a word see the picture, so the model cannot write about it: "
+                        "choose fusion mid or early.")  # fmt: skip
+    if head not in model.heads:
+        raise UserError(f"this model has no head {head!r} to say a word with: train it with prefix_lm, or give it the "
+                        f"head {{{head!r}: {{'kind': 'tied', 'labels': vocabulary}}}}.")  # fmt: skip
+    if isinstance(says := model.heads[head], Tied) and says.dense.out_features != (size := word_table(model).shape[1]):
+        raise UserError(f"the words' vectors have {size} numbers and the head that is tied to them "
+                        f"{says.dense.out_features}: give it `size: {size}`, or `kind: transformed`.")  # fmt: skip
+    for kind in {kind for kinds in model.config.segments.values() for kind in kinds}:
+        if not keeps_order(kind):
+            raise UserError(f"a layer of kind {kind} tells the picture or earlier words about later ones, so the model "
+                            "would learn to copy instead of to write. A kind that takes part reads words only through "
+                            "the visibility it is given.")  # fmt: skip
+    if not isinstance(model.text, WordEmbedding) and looks_ahead(model.text):
+        spec: Any = model.config.text
+        what = getattr(spec, "tower", {}).get("model_type", spec.name)
+        raise UserError(f"the text part ({what}) looks at later words before it says anything of a word, so predicting "
+                        "the next one from it would be copying. Take words without a tower, a tower that reads from "
+                        "left to right (gpt2), or a decoder, which writes what the whole model has read.")  # fmt: skip
+
+
+@cache
+def keeps_order(kind: Kind) -> bool:
+    """Whether a small layer of this kind, with random weights so that a gate which starts shut is open, gives the same
+    states of earlier words and of the picture however the text goes on."""
+    width, words, cells = Width(8, heads=2, dropout=0.0, attention_dropout=0.0), 4, 3
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        layer = build_layer(kind, width, width).eval()
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        text, image = torch.randn(1, words, 8), torch.randn(1, cells, 8)
+        given = torch.tensor([[True, True, False, False]])
+        long = layer(Streams(text, image), prefix(None, None, given))
+        short = layer(Streams(text[:, :3], image), prefix(None, None, given[:, :3]))
+    pairs = [(long.text[:, :3], short.text), (long.image, short.image)]
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+
+
+@torch.no_grad()
+def looks_ahead(text: nn.Module) -> bool:
+    """Whether what a text part says of three words depends on the fourth."""
+    was = text.training
+    text.eval()
+    device = next(text.parameters()).device
+    texts = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device)
+    states, _ = _with_mask(text(texts), None)
+    one, other = states[:, :3].float()
+    text.train(was)
+    return not torch.allclose(one, other, atol=1e-3 * float(one.abs().max()))
+
+
+# ------------------------------------------------------------------------------------------------- the objective
+
+
+class PrefixLM(Objective):
+    """Read the picture and the first words, write the rest. Wang et al. 2021, section 3.1; the only loss of SimVLM.
+
+    Columns: image, caption. Hides: the words after the prefix, whose length is drawn for each row: 0 to all but one of
+    the sentence's words, so that a word and the end remain. Sees: the picture itself alone, since through it later
+    words would leak back; words of the prefix each other and the picture; a later word all of these and the words up to
+    itself. Head: mlm, at scored places alone; the decoder's, where there is one. Logs: prefix_lm, prefix_lm_accuracy.
+
+    Without a decoder the model's own layers write (`decoder: 0`), and its text part must not look ahead: words, or a
+    tower such as GPT-2. With one that reads both streams, as in SimVLM, the model reads picture and prefix, each seeing
+    all of the other, and the decoder writes; `decoder`: its layers in a composed model, a system has its own. `prefix`
+    "none": nothing but the picture is given, plain language modelling, which the paper finds worse.
+
+    The sum over words is divided by the words of the whole batch, over ranks and micro-batches: a short rest counts for
+    as many words as it has. A sentence that ITM swapped is not scored.
+    """
+
+    name = "prefix_lm"
+    head = "mlm"
+    fused = True
+
+    def __init__(self, prefix: str = "drawn", decoder: int = 0, smoothing: float = 0.0):
+        if prefix not in ("drawn", "none"):
+            raise UserError(f"prefix_lm.prefix is drawn or none; got {prefix!r}.")
+        if decoder < 0:
+            raise UserError(f"prefix_lm.decoder, its number of layers, is 0 (none) or more; got {decoder}.")
+        if not 0 <= smoothing < 1:
+            raise UserError(f"prefix_lm.smoothing is a share of the probability, from 0 to below 1; got {smoothing}.")
+        self.prefix, self.layers, self.smoothing = prefix, decoder, smoothing
+        if decoder:
+            self.head = ""  # type: ignore[misc]
+
+    def head_for(self, text: Embedder, image: Embedder) -> dict[str, Any]:
+        return word_head(text)
+
+    def decoder_for(self, text: Embedder, tokenizer: Any) -> Decoder | None:
+        return own_decoder(text, self.layers, "both", tokenizer) if self.layers else None
+
+    def check(self, model: VLModel) -> None:
+        if not reads_both(model):
+            if self.layers:
+                raise UserError("prefix_lm.decoder is set, but the model has no decoder that reads both streams: leave "
+                                "it out, and the model's own layers write.")  # fmt: skip
+            check_writes(model)
+
+    def corrupt(self, part: Batch, rngs: list[np.random.Generator], processor) -> None:
+        if "word_labels" in part:
+            raise UserError("prefix_lm writes the whole sentence, and words of this pass's are hidden: give it a pass "
+                            "of its own.")  # fmt: skip
+        start, end = ends(processor.tokenizer)
+        inner = part["text_words"] >= 0
+        inner &= inner.cumsum(1) <= processor.max_length - 2  # the positions there are
+        ids, mask = framed(part["text_ids"], inner, start, end, processor.tokenizer.pad_token_id)
+        words = (mask.sum(1) - 2).tolist()  # of each sentence
+        given = torch.tensor([1 + int(rng.integers(max(n, 1))) for n, rng in zip(words, rngs)])  # with the start
+        given = torch.ones_like(given) if self.prefix == "none" else given
+        scored = part["text_real"] & part.get("matched", torch.ones(len(ids))).bool()
+        part["prefix_ids"], part["prefix_mask"] = ids, mask
+        part["prefix_given"] = torch.where(scored, given, mask.sum(1))  # all of it: nothing is written
+
+    def count(self, part: Batch, batch: Batch) -> Tensor:
+        return (part["prefix_mask"].sum(1) - part["prefix_given"]).sum()
+
+    def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
+        ids, mask, given = (views.part[f"prefix_{name}"] for name in ("ids", "mask", "given"))  # (B, T), (B, T), (B,)
+        image = views.image() if views.plan is None or views.plan.image else None
+        if reads_both(model):
+            assert model.decoder is not None
+            ids = ids.scatter(1, mask.sum(1, keepdim=True) - 1, model.decoder.config.eos_token_id)
+            context = read_prefix(model, ids, mask, given, image)
+            words, labels = rest(model.decoder, ids, mask, given)
+            states = model.decoder.states(words, context.states, context.mask, first=given)  # (B, T, D)
+            asked = labels >= 0
+            logits = model.decoder.says(states[asked])
+        else:
+            labels = next_words(ids, mask, given)
+            asked = labels >= 0
+            states = read_and_write(model, ids, mask, given, image).text  # type: ignore[assignment]
+            logits = word_logits(model, states[asked])  # (n, V)
+        return words_scored(self.name, logits, labels[asked], views.total(self), self.smoothing)
+
+
+def reads_both(model: VLModel) -> bool:
+    """Whether a decoder writes from the states of words and picture; else the model's own layers write."""
+    return model.decoder is not None and model.config.writes.context == "both"
