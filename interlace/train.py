@@ -152,11 +152,11 @@ class VLTrainer(SafeTrainer):
         """`schedule: epochs` is ours, the others are transformers' own."""
         t = self.settings.train
         if self.lr_scheduler is None and t.schedule == "epochs":
+            optimizer = optimizer or self.create_optimizer()
             warm = self.args.get_warmup_steps(num_training_steps)
             steps = max(1, len(self.train_dataset) // self.step_rows)  # type: ignore[arg-type]
             self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer,
-                lambda step: step / warm if step < warm else t.epoch_factor ** (step // steps))  # fmt: skip
+                optimizer, lambda step: step / warm if step < warm else t.epoch_factor ** (step // steps))  # fmt: skip
         return super().create_scheduler(num_training_steps, optimizer)
 
     @property
@@ -173,8 +173,6 @@ class VLTrainer(SafeTrainer):
         taken = self._take(epoch_iterator, num_batches, step, counts)
         self._ahead, self._partners = [], {}
         if self.learner.looks(num_batches):
-            if self._unsynced is not None:  # else transformers takes it up only after this
-                self._load_rng_state(self._unsynced)
             self._ahead = look_ahead(self.learner, taken, num_batches, self.accelerator.autocast)
             self._find_partners()
         for _ in taken:  # those that nobody looked at
@@ -186,6 +184,8 @@ class VLTrainer(SafeTrainer):
     def _take(self, batches: Iterator[dict], most: int, step: Step, counts: list) -> Iterator[dict]:
         """Each next batch, ready for the model; afterwards it is in `step`."""
         for batch in islice(batches, most):
+            if self._unsynced is not None:  # transformers takes it up after all were taken, which is too late to look
+                self._load_rng_state(self._unsynced)
             counts.append([{} if part is None else one.totals(part, batch)
                            for one, part in zip(self.learner.passes, batch["parts"])])  # fmt: skip
             yield self._on_device({k: v for k, v in batch.items() if k not in ("ids", "skipped")})
@@ -503,7 +503,8 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "epochs": "constant_with_wa
 def _check(t: TrainSettings) -> None:
     """Raises UserError for a schedule or an optimiser that there is not."""
     if t.schedule not in SCHEDULES:
-        raise UserError(f"train.schedule is {', '.join(SCHEDULES)}; got {t.schedule!r}.{suggest(t.schedule, SCHEDULES)}")
+        raise UserError(f"train.schedule is {', '.join(SCHEDULES)}; got {t.schedule!r}."
+                        f"{suggest(t.schedule, SCHEDULES)}")  # fmt: skip
     if len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
         raise UserError(f"train.betas are two numbers from 0 to below 1, such as [0.9, 0.98]; got {t.betas}.")
     if t.eps <= 0 or t.warmup < 0 or not 0 < t.epoch_factor <= 1:

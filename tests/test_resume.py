@@ -132,3 +132,51 @@ def test_two_ranks_train_one_run(config, tmp_path):
     losses = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"itc_chance"' in line]
     # ln 16: both ranks' rows
     assert len(losses) == STEPS and losses[0]["itc_chance"] == pytest.approx(2.7726, abs=1e-3)
+
+
+class Killed(BaseException):
+    """Nothing in the run may catch it."""
+
+
+@pytest.mark.parametrize("objectives", [
+    {"itc_momentum": {"size": 32, "queue": 32, "ramp": 0.5}, "itm": {"negatives": "hard", "among": "batch"}},
+    {"itc_sigmoid": {"size": 32}, "itm": {"negatives": "drawn"}},
+])  # fmt: skip
+def test_what_objectives_keep_beside_the_model_and_cached_gradients_resume_bit_for_bit(
+    objectives, shapes, text_tower, tmp_path, monkeypatch
+):
+    """Dies among the micro-batches of a step, between checkpoints; and the pictures are held in one run and read again
+    in the other."""
+    from interlace import train as module
+    from tests.conftest import toy_settings
+
+    def settings(name):
+        made = toy_settings(shapes, text_tower, tmp_path / name, steps=5, checkpoint_every=3, log_every=1, batch=16,
+                            accumulate=4, evaluate=False, keep_checkpoints=True)  # fmt: skip
+        made.model.dropout, made.objectives = 0.1, objectives
+        return made
+
+    module.train(settings("whole"))
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    monkeypatch.setattr(module, "hold", lambda *_: 0)
+    micro, step = 0, module.VLTrainer.training_step
+
+    def dies(self, *args, **kwargs):
+        nonlocal micro
+        micro += 1
+        if micro == 4 * 3 + 2:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(module.VLTrainer, "training_step", dies)
+    with pytest.raises(Killed):
+        module.train(settings("run"))
+    beside = tmp_path / "run" / "checkpoints" / "checkpoint-3" / module.BESIDE
+    assert beside.exists() == ("itc_momentum" in objectives)
+    kept = load_file(beside) if beside.exists() else {}
+    module.train(settings("run"))
+    assert micro == 4 * 3 + 2 + 4 * 2
+    equal(tmp_path / "run", whole)
+    if kept:
+        assert kept["0.itc_momentum.at"].item() == 3 * 16 % 32 and (kept["0.itc_momentum.group"] >= 0).all()
+        assert not any("slow" in name or "queue" in name for name in whole)

@@ -215,6 +215,16 @@ def test_the_alarm_rings_for_one_class_and_for_knowing_nothing_and_not_for_healt
     assert "ln(batch)" in capsys.readouterr().out
 
 
+def test_the_alarm_knows_every_contrast_and_the_names_of_passes(capsys):
+    alarm = CollapseAlarm(after=10, patience=2)
+    for step in (11, 12):
+        logs = {"itc_momentum": 6.0, "itc_momentum_chance": 6.0, "itc_sigmoid": 5.2, "itc_sigmoid_chance": 5.2,
+                "text/itc": 1.0, "text/itc_chance": 4.0, "more/itm_positive": 1.0}  # fmt: skip
+        alarm.on_log(None, Step(step), None, logs=logs)
+    assert logs["itc_momentum_alarm"] == logs["itc_sigmoid_alarm"] == logs["more/itm_alarm"] == 1
+    assert len(alarm.raised) == 3 and "text/itc_alarm" not in logs
+
+
 def test_an_objective_without_its_head_is_refused():
     with pytest.raises(UserError, match="needs the 'answers' head"):
         learner([ITC(size=8)]).learn_by([(VQA(["a"]), 1.0)])
