@@ -32,7 +32,8 @@ class Parts:
                 ends.append(at)
         done = len(ends) if len(ends) >= self.rows else len(ends) // self.batch * self.batch
         done = min(done, self.rows)
-        os.truncate(self.file, ends[done - 1] if done else 0)
+        if (whole := ends[done - 1] if done else 0) < self.file.stat().st_size:
+            os.truncate(self.file, whole)
         return done
 
     def append(self, lines: list[dict[str, Any]]) -> None:

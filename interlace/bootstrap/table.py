@@ -31,6 +31,7 @@ class Table:
 
     def __init__(self, folder: Path, source: Source, added: Sequence[str]):
         self.folder, self.source = folder, source
+        self.added = list(added)
         self.names = _free_names(list(source.columns), [*ROLES, *added])
         self.ids: dict[int, str] = {}  # position in the source -> id of the row that took its questions over
         self.lost: list[tuple[str, str]] = []  # (id, why) of rows whose picture could not be copied
@@ -48,8 +49,10 @@ class Table:
         self.file.close()
 
     def row(self, i: int, caption: str, added: Sequence[Any] = (), id: str = "") -> bool:
-        """The source's row with this caption. `id`: of a second row about the same picture, which has no questions.
-        False where the picture could not be copied."""
+        """The source's row with this caption, and a cell for each added column, or none. `id`: of a second row about
+        the same picture, which has no questions. False where the picture could not be copied."""
+        added = added or [None] * len(self.added)
+        assert len(added) == len(self.added)
         pair = self.source.pair(i)
         try:
             image = self._image(pair.picture)

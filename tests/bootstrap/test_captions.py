@@ -1,0 +1,56 @@
+"""What is drawn comes from the nucleus, as often as the probabilities say, and by the row's own lot alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from interlace.bootstrap.captions import Nucleus, lots, sampled
+from interlace.data.pictures import open_picture
+from interlace.run import Run
+
+
+@pytest.mark.parametrize("top_p,kept", [(0.5, 1), (0.75, 2), (0.9, 3), (1.0, 4)])
+def test_words_are_drawn_as_often_as_the_nucleus_says(top_p, kept):
+    share = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    word = torch.tensor([2, 0, 3, 1])  # the likeliest word is number 2
+    logits = torch.empty(4)
+    logits[word] = share.log()
+    n = 1000
+    even = (torch.arange(n, dtype=torch.float32)[:, None] + 0.5) / n
+    out = Nucleus(even, top_p)(torch.zeros(n, 1, dtype=torch.long), logits.expand(n, -1))
+    assert ((out == 0).sum(-1) == 1).all() and torch.isneginf(out).sum() == 3 * n
+    got = torch.bincount(out.argmax(-1), minlength=4)[word] / n
+    expected = share[:kept] / share[:kept].sum()
+    assert torch.allclose(got[:kept], expected, atol=2 / n) and got[kept:].sum() == 0
+
+
+def test_the_ends_of_the_lot_stay_in_the_nucleus():
+    logits = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([[0.0], [np.nextafter(np.float32(1), np.float32(0))]])
+    out = Nucleus(ends, 0.9)(torch.zeros(2, 1, dtype=torch.long), logits)
+    share = logits.softmax(-1)
+    for row in range(2):
+        order = share[row].sort(descending=True)
+        nucleus = order.indices[: int((order.values.cumsum(0) < 0.9).sum()) + 1]
+        assert out[row].argmax() in nucleus
+    assert out[0].argmax() == share[0].argmax()
+
+
+def test_lots_belong_to_the_row_and_the_seed():
+    both = lots(["a", "b"], 7, 5)
+    assert (lots(["b"], 7, 5)[0] == both[1]).all() and (both[0] != both[1]).all()
+    assert (lots(["a"], 8, 5)[0] != both[0]).all() and both.max() < 1
+
+
+def test_a_row_writes_the_same_alone_and_among_others(pretrained, noisy):
+    run = Run.load(pretrained)
+    rows = noisy.indices("train")[:6].tolist()
+    pictures = [open_picture(noisy.picture(i)) for i in rows]
+    ids = [noisy.pair(i).id for i in rows]
+    with torch.inference_mode():
+        half = run.half_image(pictures)
+        together = sampled(run, half, ids, 0, 0.9)
+        alone = [sampled(run, half.rows(torch.tensor([n])), [ids[n]], 0, 0.9)[0] for n in range(6)]
+        other = sampled(run, half, ids, 1, 0.9)
+    assert together == alone and together != other
+    assert all(len(text.split()) < run.processor.max_length for text in together)
