@@ -26,7 +26,6 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from bench.common import Row, alternating, clocked, faster, keep, load, machine, parser, peak_tensors, show
 from interlace import generate
@@ -474,12 +473,16 @@ def main(argv: list[str] | None = None) -> list[Row]:
     size = replace(TINY if given.tiny else Sizes(), **changes)
     torch.set_num_threads(given.threads)
     facts, batch, rows = machine("torch", "transformers"), Batch.draw(size), []
+    content = {"machine": facts, "threads": given.threads, "clock": given.clock, "sizes": vars(size), "rows": rows}
     hf.logging.set_verbosity_error()
-    for name in tqdm(given.models or MODELS, desc="models", leave=False):
+    for name in given.models or MODELS:
         torch.manual_seed(0)
         for case in MODELS[name](size, batch):
             if case.task.startswith(given.task):
-                rows.append(measure(case, given.repeats, given.clock))
+                row = measure(case, given.repeats, given.clock)
+                rows.append(row)
+                print(f"{row['model']}, {row['task']}: {row['faster']:.2f} ({row['range']})", flush=True)
+        keep(given.out, content)  # what there is, should the rest be stopped
     notes = [
         f"{facts['cpu']}, {given.threads} threads, load {facts['load']} at the start; "
         f"torch {facts['packages']['torch']}, transformers {facts['packages']['transformers']}",
@@ -494,8 +497,6 @@ def main(argv: list[str] | None = None) -> list[Row]:
     shown = [row | ({} if row["rival"] == "transformers" else {"task": f"{row['task']} ({row['rival']})"})
              for row in rows]  # fmt: skip
     show("Models against transformers", COLUMNS, shown, notes)
-    content = {"machine": facts, "threads": given.threads, "clock": given.clock, "sizes": vars(size)}
-    keep(given.out, {**content, "rows": rows})
     return rows
 
 
