@@ -211,6 +211,12 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
         """(..., D) -> (..., V)."""
         return self.head(states, self.words.words.weight)  # type: ignore[union-attr]
 
+    @torch.no_grad()
+    def start(self, table: Tensor) -> None:
+        """Words of its own start as those of a tower, (V, D), where the sizes agree."""
+        if "words" in self._modules and self.words.words.weight.shape == table.shape:  # type: ignore[union-attr]
+            self.words.words.weight.copy_(table)  # type: ignore[union-attr,operator]
+
     def places(self) -> dict[int, int]:
         """id of each attention, borrowed ones too -> number of its layer."""
         parts = ("attend", "attend_self", "attend_image")

@@ -98,12 +98,27 @@ def own_decoder(text: Embedder, layers: int, context: str, tokenizer: Any) -> De
     return Decoder({"write": [READ] * layers}, context, () if words else ("words",), "", start, end, words)
 
 
+READS = {"image": "the picture", "text": "the text", "both": "text and picture"}
+
+
+def wanted_decoder(objectives: list[Objective], text: Embedder, tokenizer: Any) -> Decoder | None:
+    """The decoder that these objectives ask for, for a composed model; None when none does. Raises UserError when they
+    want it to read different things."""
+    wanted = {o.name: o.decoder_for(text, tokenizer) for o in objectives if hasattr(o, "decoder_for")}
+    asked = {name: decoder for name, decoder in wanted.items() if decoder is not None}
+    if len({decoder.context for decoder in asked.values()}) > 1:
+        raise UserError("one decoder cannot serve " + ", ".join(f"{name} (it reads {READS[decoder.context]})"
+                        for name, decoder in asked.items()) + ": learn by one of them.")  # fmt: skip
+    return max(asked.values(), key=lambda decoder: sum(map(len, dict(decoder.segments).values())), default=None)
+
+
 def decoder_that_reads(model: VLModel, context: tuple[str, ...], who: str) -> TextDecoder:
     """Raises UserError when the model has no decoder, or one that reads something else."""
     if model.decoder is None or model.config.writes.context not in context:
-        has = "none" if model.decoder is None else f"one that reads the {model.config.writes.context}"
-        raise UserError(f"{who} wants a decoder that reads the {' or '.join(context)}, and this model has {has}: set "
-                        f"`decoder`, its number of layers, or choose a system with such a decoder.")  # fmt: skip
+        has = "none" if model.decoder is None else f"one that reads {READS[model.config.writes.context]}"
+        wanted = " or ".join(READS[one] for one in context)
+        raise UserError(f"{who} wants a decoder that reads {wanted}, and this model has {has}: choose a system with "
+                        "such a decoder.")  # fmt: skip
     return model.decoder
 
 

@@ -162,6 +162,9 @@ class PrefixLM(Objective):
 
     def check(self, model: VLModel) -> None:
         if not reads_both(model):
+            if model.decoder is not None:
+                raise UserError("this model has a decoder, and one that does not read both streams: it learns by lm or "
+                                "vqa_writes, not by prefix_lm.")  # fmt: skip
             if self.layers:
                 raise UserError("prefix_lm.decoder is set, but the model has no decoder that reads both streams: leave "
                                 "it out, and the model's own layers write.")  # fmt: skip

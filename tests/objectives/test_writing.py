@@ -1,10 +1,13 @@
 """What learns to write: whose words are scored, by what the loss is divided, and that it comes to write."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from interlace.cli import main
 from interlace.compose import Composition, compose
 from interlace.config import VLConfig
 from interlace.data.batches import Collate, Samples
@@ -12,8 +15,8 @@ from interlace.data.sources import open_source
 from interlace.errors import UserError
 from interlace.learner import Learner
 from interlace.objectives import ITM, LM, MLM, GenerativeVQA, Pass, PrefixLM
-from interlace.objectives.lm import answers_loss, ends, framed, next_word, plain
-from interlace.objectives.mlm import word_logits
+from interlace.objectives.lm import answers_loss, ends, framed, next_word, plain, wanted_decoder
+from interlace.objectives.mlm import word_logits, word_table
 from interlace.objectives.prefix_lm import next_words, read_and_write
 from interlace.run import Run, save_run
 from interlace.systems import build_system
@@ -36,10 +39,12 @@ def make(text_tower, image_tower):
         torch.manual_seed(0)
         objectives = [objective, *others]
         model, processor = (build_system if system else compose)(what, objectives, None, Learner)
-        wants = getattr(objective, "decoder_for", lambda *_: None)
-        if not system and (decoder := wants(model.config.text, processor.tokenizer)):
-            c = model.config
+        decoder = wanted_decoder(objectives, model.config.text, processor.tokenizer)
+        if not system and decoder is not None and model.decoder is None:
+            c, table = model.config, word_table(model)
             model = Learner(VLConfig(c.text, c.image, c.segments, heads=c.heads, writes=decoder))
+            model.decoder.start(table)
+            assert torch.equal(model.decoder.words.words.weight, table)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -237,6 +242,24 @@ def test_it_comes_to_write_what_it_was_shown(make, source, what, tmp_path):
             run.write_answer(pictures[0], "what is it?")
 
 
+def test_the_command_line_writes(make, source, tmp_path, capsys):
+    run = str(save_run(tmp_path / "run", *make(PrefixLM(), "vilt", image="patches", patch=8)))
+    for name in ("one", "two"):
+        Image.new("RGB", (40, 30), "red" if name == "one" else "blue").save(tmp_path / f"{name}.png")
+    pictures = [str(tmp_path / f"{name}.png") for name in ("one", "two")]
+    capsys.readouterr()
+    assert main(["caption", run, *pictures, "--prompt", "a red", "--json", "--max-length", "6"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [line["image"] for line in said] == pictures and all(line["caption"].startswith("a red") for line in said)
+    assert main(["caption", run, pictures[0], "--sample", "--seed", "4"]) == 0
+    once = capsys.readouterr().out
+    assert main(["caption", run, pictures[0], "--sample", "--seed", "4"]) == 0 and capsys.readouterr().out == once
+    assert main(["caption", run, pictures[0], "--sample", "--seed", "5"]) == 0 and capsys.readouterr().out != once
+    assert main(["caption", run, pictures[0], "--prompt", "a red circle", "--max-length", "4"]) == 2
+    assert "the prompt has 3 tokens" in capsys.readouterr().err
+    assert main(["answer", run, pictures[0], "what is it?"]) == 2
+
+
 def test_it_comes_to_answer_in_words(make, source, tmp_path):
     model, processor = make(GenerativeVQA(answers=1, smoothing=0.0), image="patches", patch=8)
     batches = [batch(source, model, processor, range(0, 144, 50))]
@@ -258,12 +281,16 @@ def test_mistakes_are_explained(make, source, tmp_path):
         make(PrefixLM())
     with pytest.raises(UserError, match="no decoder that reads both"):
         make(PrefixLM(decoder=2), "uniter")
-    with pytest.raises(UserError, match="reads the image, and this model has none"):
+    with pytest.raises(UserError, match="learns by lm"):
+        make(PrefixLM(), "blip")
+    with pytest.raises(UserError, match="reads the picture, and this model has none"):
         make(LM(), "uniter")
-    with pytest.raises(UserError, match="reads the text or both"):
+    with pytest.raises(UserError, match="reads the text or text and picture"):
         make(GenerativeVQA(), "blip")
     with pytest.raises(UserError, match="vl_bert_meet"):
         make(PrefixLM(), "vl_bert")
+    with pytest.raises(UserError, match=r"lm \(it reads the picture\), vqa_writes \(it reads text and picture\)"):
+        make(LM(), others=[GenerativeVQA()])
     model, processor = make(PrefixLM(), "uniter")
     model.learn_by([Pass([(MLM(), 1.0), (PrefixLM(), 1.0)])])
     with pytest.raises(UserError, match="a pass of its own"):
