@@ -34,7 +34,7 @@ class Composition:
     image: str = "efficientnet-lite0"
     fusion: str = "mid"  # late | mid | early: where the streams first meet
     streams: str = "dual"  # single | dual: one set of weights or two
-    layers: int = 4  # of the schedule, after the towers
+    layers: int = 4  # of the schedule, after the towers; 0: a system at its paper's own sizes
     width: int = 384  # hidden size of both streams
     heads: int = 6
     dropout: float = 0.1

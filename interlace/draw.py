@@ -366,7 +366,8 @@ def find(what: str) -> tuple[Any, str]:
         known = ", ".join(names())
         raise UserError(f"{what} has no config.json: give a run folder, a recipe (.yaml) or a preset ({known}).")
     shipped = Path(__file__).parent / "recipes" / f"{what}.yaml"
-    if path.suffix in (".yaml", ".yml") or (shipped.is_file() and not path.is_file()):
+    preset_too = what in PRESETS  # its full-size recipe has its name, and no heads
+    if path.suffix in (".yaml", ".yml") or (shipped.is_file() and not path.is_file() and not preset_too):
         return of_recipe(what), path.stem
     line, make = preset(what)
     name = next((n for n, other in line.others.items() if other is make), None)

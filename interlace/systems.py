@@ -175,9 +175,9 @@ def start_from(model: nn.Module, tensors: Mapping[str, Tensor], keys: Keys) -> l
 def build_system(what: Composition, objectives: list[Objective], augment: Augment | None = None,
                  model_class: type[VLModel] = VLModel,
                  regions: RegionSource | None = None) -> tuple[VLModel, Processor]:  # fmt: skip
-    """The preset `what.system` at the size that `what` says (`layers` 0: the paper's), with the heads that the objectives
-    ask for, and its processor. `regions`: stored ones that it reads instead of pixels. Raises UserError for an unknown system, or parts
-    that do not fit."""
+    """The preset `what.system` at the size that `what` says (`layers` 0: the paper's), with the heads that the
+    objectives ask for, and its processor. `regions`: stored ones that it reads instead of pixels. Raises UserError for
+    an unknown system, or parts that do not fit."""
     config, parts, module = configure_system(what, objectives, regions)
     image = parts.image
     model = model_class(config)

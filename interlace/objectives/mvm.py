@@ -97,7 +97,7 @@ class MaskedRegions(Objective):
 
     def scored(self, part: Batch) -> Tensor:
         """(B, I) bool."""
-        hidden = part.get("guessed", part["hidden"])
+        hidden: Tensor = part["guessed"] if "guessed" in part else part["hidden"]
         if not self.mismatched and "matched" in part:
             hidden = hidden & part["matched"].unsqueeze(1)
         return hidden

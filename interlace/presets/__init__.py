@@ -47,7 +47,7 @@ class Preset:
 # fmt: off
 PRESETS = {
     #                     system       year  streams   depth     sees             learns by
-    "vilbert":     Preset("ViLBERT",    2019, "dual",   (6, 18),  "regions",        "mlm, mrc_kl, aligned",
+    "vilbert":     Preset("ViLBERT",    2019, "dual",   (6, 18),  "regions",        "mlm, mrc_kl, itm",
                           239_023_229, vilbert, vilbert.vilbert, {"twelve_in_one": vilbert.twelve_in_one}),
     "lxmert":      Preset("LXMERT",     2019, "dual",   (14, 24), "regions",        "mlm, region_labels, itm, answers",
                           228_051_752, lxmert, lxmert.lxmert, {"lxmert_vqa": lxmert.lxmert_vqa}),
@@ -64,7 +64,7 @@ PRESETS = {
     "mlim":        Preset("MLIM",       2021, "single", (0, 24),  "blocks of 32",  "mam, recon",
                           339_380_365, mlim, mlim.mlim,
                           {"mlim_base": mlim.mlim_base, "mlim_grid3": mlim.mlim_grid3}),
-    "blip":        Preset("BLIP",       2022, "dual",   (13, 25), "patches of 16", "itc, itm, lm",
+    "blip":        Preset("BLIP",       2022, "dual",   (13, 25), "patches of 16", "itc_momentum, itm, lm",
                           252_441_919, blip, blip.blip,
                           {"blip_large": partial(blip.blip, **blip.large()), "blip_retrieval": blip.blip_retrieval,
                            "blip_caption": blip.blip_caption, "blip_vqa": blip.blip_vqa}),
@@ -94,7 +94,9 @@ def preset(name: str) -> tuple[Preset, Callable[..., Any]]:
 
 def objectives(recipe: list[dict[str, Any]]) -> str:
     """The losses that a `PRETRAIN` names, once each."""
-    return ", ".join(dict.fromkeys(name for one in recipe for name in one if name != "share"))
+    plain = ("share", "image", "name")
+    named = [f"{one['name']}_{key}" if "name" in one else key for one in recipe for key in one if key not in plain]
+    return ", ".join(dict.fromkeys(named))
 
 
 def met(depth: tuple[int, int]) -> str:

@@ -99,6 +99,12 @@ def small(parts: Parts) -> VLConfig:
                     heads={"contrast": {**CONTRAST}, "match": MATCH}, writes=write)  # fmt: skip
 
 
+def full(parts: Parts) -> VLConfig:
+    """At the paper's size, ViT-B/16, with the parts' words; their first and last serve for [ENC] and [DEC]."""
+    words = {"vocabulary": parts.vocabulary, "pad": parts.tokenizer.pad_token_id, "pool": "first"}
+    return blip(words=words, ends=parts.ends)
+
+
 def start(config: VLConfig) -> dict[str, Any]:
     """BERT starts the text encoder, and the decoder's own self-attentions."""
     return {**BERT_WORDS, **bert_start("schedule.fuse.{n}", attend="attend_self")}
@@ -110,8 +116,10 @@ def tiny(make: Callable[..., VLConfig] = blip, **changes: Any) -> VLConfig:
                 **{"pixels": 32, "patch": 8, "ends": (97, 3), **changes})  # fmt: skip
 
 
-PRETRAIN = [{"itc": {"momentum": 0.995, "queue": 57600, "alpha": 0.4}, "itm": {"negatives": "hard"},
-             "lm": {"smoothing": 0.1}}]  # fmt: skip  section 3.2; one forward, equal weights
+PRETRAIN: list[dict[str, Any]] = [  # section 3.2; one forward, equal weights
+    {"itc_momentum": {"momentum": 0.995, "queue": 57600, "alpha": 0.4, "ramp": 2.0}, "itm": {"negatives": "hard"},
+     "lm": {"smoothing": 0.1}},
+]  # fmt: skip
 
 _LAYER = {"intermediate.dense": "ffn.up", "output.dense": "ffn.down", "output.LayerNorm": "ffn.norm"}
 

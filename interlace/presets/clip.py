@@ -10,6 +10,7 @@ from interlace.config import VLConfig
 from interlace.embed.clip import MEAN, STD, CLIPPatches, CLIPWords
 from interlace.layers import IMAGE, NORM, Kind, Text, Width
 from interlace.streams import Streams, Visibility
+from interlace.systems import Parts
 from interlace.weights import Flip, Lead
 
 
@@ -53,7 +54,13 @@ def tiny(**changes: Any) -> VLConfig:
     return clip(width(32, 4), width(48, 4), (2, 2), size=24, patch=8, pixels=32, words=words, **changes)
 
 
-PRETRAIN: list[dict[str, Any]] = [{"itc": {}}]  # section 2.3; 400M pairs, batch 32768, 32 epochs
+def full(parts: Parts) -> VLConfig:
+    """At the paper's size, ViT-B/32, with the parts' words."""
+    return clip(words={"vocabulary": parts.vocabulary, "pad": parts.tokenizer.pad_token_id, "eos": parts.ends[1]})
+
+
+# section 2.3; 400M pairs, batch 32768, 32 epochs
+PRETRAIN: list[dict[str, Any]] = [{"itc": {"size": 512, "temperature": 0.07}}]
 
 
 def _tower(theirs: str, ours: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def tiny(**changes: Any) -> VLConfig:
 PRETRAIN: list[dict[str, Any]] = [
     {"mlm": {"mask": 0.15, "at_least_one": False},
      "region_labels": {"mask": 0.15, "at_least_one": False, "kept": 0.1},
-     "itm": {"negatives": "swap"}, "answers": {"rate": 0.5}},
+     "itm": {"negatives": "swap", "rate": 0.5}, "answers": {"rate": 0.5}},
 ]  # fmt: skip
 
 

@@ -92,13 +92,20 @@ def small(parts: Parts) -> VLConfig:
     return mlim(text=parts.words(), image=image, layers=parts.layers)
 
 
+def full(parts: Parts) -> VLConfig:
+    """At the paper's size, with the parts' words."""
+    return mlim(text=parts.words(width=LARGE), image=Blocks(LARGE, mask=parts.tokenizer.mask_token_id))
+
+
 def start(config: VLConfig) -> Keys:
     """The lines by which BERT starts it."""
     return {**BERT_WORDS, **bert_start("schedule.joint.{n}")}
 
 
 # Both losses in one forward: a row hides most of its picture, most of its words, or a little of both
-PRETRAIN: list[dict[str, Any]] = [{"mam": {}, "recon": {}}]
+PRETRAIN: list[dict[str, Any]] = [
+    {"mam": {"heavy": 0.8, "light": 0.15}, "recon": {"recon_reduction": "sum"}},
+]
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 

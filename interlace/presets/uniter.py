@@ -80,7 +80,7 @@ def answers(labels: int, size: int = 768) -> dict[str, Any]:
 # Section 4.1, on all data: one task a step, drawn with these shares. Only one stream is ever corrupted (section 3.2).
 PRETRAIN = [
     {"share": 12, "mlm": {"mask": 0.15}},
-    {"share": 9, "itm": {"negatives": "swap"}, "wra": {"weight": 0.1}},
+    {"share": 9, "itm": {"negatives": "swap", "rate": 0.5}, "wra": {"weight": 0.1}},
     {"share": 6, "mrfr": {"mask": 0.15}},
     {"share": 6, "mrc_kl": {"mask": 0.15}},
 ]

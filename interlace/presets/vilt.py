@@ -73,13 +73,21 @@ def small(parts: Parts) -> VLConfig:
                     heads={"mlm": words(parts.vocabulary), "match": MATCH})  # fmt: skip
 
 
+def full(parts: Parts) -> VLConfig:
+    """At the paper's size, with the parts' words."""
+    return vilt(text={"vocabulary": parts.vocabulary, "pad": parts.tokenizer.pad_token_id})
+
+
 def start(config: VLConfig) -> dict[str, Any]:
     """BERT's words alone: the paper's layers start from a ViT's, and BERT's would not fit their norms."""
     return dict(BERT_WORDS)
 
 
 # each task has a forward pass of its own; the losses are summed
-PRETRAIN = [{"mlm": {"mask": 0.15, "whole_words": True}}, {"itm": {"negatives": "drawn"}, "wpa": {"weight": 0.1}}]
+PRETRAIN: list[dict[str, Any]] = [
+    {"mlm": {"mask": 0.15, "whole_words": True}},
+    {"itm": {"negatives": "swap", "rate": 0.5}, "wpa": {"weight": 0.1}},
+]
 
 
 def picture(model: VLModel, pixels: Tensor, mask: Tensor | None = None, number: int = 0) -> Half:

@@ -62,8 +62,10 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from interlace import towers
 from interlace.config import VLConfig
 from interlace.decoder import Decoder
+from interlace.embed.patches import Patches
+from interlace.embed.stem import ImageStem
 from interlace.errors import UserError, first_line
-from interlace.layers import READ, norm
+from interlace.layers import IMAGE, READ, Width, norm
 from interlace.loading import LoadedWhole
 from interlace.progress import say
 from interlace.systems import BERT_WORDS, Parts, bert_start
@@ -279,12 +281,25 @@ def small(parts: Parts) -> VLConfig:
                     writes=write)  # fmt: skip
 
 
+def full(parts: Parts) -> VLConfig:
+    """As `small`, at base size: twelve layers that write, over an image tower or, for patches, a ViT-B/16 of our own,
+    which starts untrained."""
+    text = Width(768, heads=12)
+    seen = Width(768, heads=12, norm="pre", eps=1e-6, dropout=0.0, attention_dropout=0.0)
+    image: Patches | ImageStem = Patches(seen) if parts.image is None else parts.cells(seen)
+    alone = {"image": [IMAGE] * 12} if parts.image is None else {}
+    write = Decoder({"write": [READ] * 12}, "image", ("words",), "", *parts.ends)
+    return VLConfig(text=parts.words(width=text, pool="first"), image=image,
+                    segments={**alone, "close": [norm(stream="image")]}, writes=write)  # fmt: skip
+
+
 def start(config: VLConfig) -> Keys:
     """The lines by which BERT starts the decoder."""
     return {**BERT_WORDS, **bert_start("decoder.schedule.write.{n}", attend="attend_self")}
 
 
-PRETRAIN: list[dict[str, Any]] = [{"lm": {}}]  # both towers come trained; captions teach the layers that read
+# both towers come trained; captions teach the layers that read
+PRETRAIN: list[dict[str, Any]] = [{"lm": {"smoothing": 0.0}}]
 
 
 def caption_model(vision: PreTrainedConfig | PreTrainedModel, text: PreTrainedConfig | PreTrainedModel,

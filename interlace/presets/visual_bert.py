@@ -48,6 +48,13 @@ def small(parts: Parts) -> VLConfig:
                        segments={"joint": [JOINT] * parts.layers}, heads=heads(parts.vocabulary))  # fmt: skip
 
 
+def full(parts: Parts) -> VLConfig:
+    """At the paper's size, with the parts' words and regions."""
+    width = Width(768, heads=12)
+    return visual_bert(text=parts.words(width=width), image=parts.grid(VisualBERTRegions, width=width, boxes=0),
+                       heads=heads(parts.vocabulary))  # fmt: skip
+
+
 def start(config: VLConfig) -> Keys:
     """The lines by which BERT starts it."""
     return {**BERT_WORDS, **bert_start("schedule.joint.{n}")}
@@ -60,7 +67,9 @@ def heads(vocabulary: int) -> dict[str, dict[str, Any]]:
 
 # Section 3.3, task-agnostic: both losses in every step, on two captions of which the second is another picture's half
 # of the time.
-PRETRAIN = [{"mlm": {"mask": 0.15}, "itm": {"negatives": "drawn"}}]
+PRETRAIN: list[dict[str, Any]] = [
+    {"mlm": {"mask": 0.15, "at_least_one": False}, "itm": {"negatives": "swap", "rate": 0.5}},
+]
 
 
 def answer_states(states: Tensor, mask: Tensor) -> Tensor:

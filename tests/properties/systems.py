@@ -256,6 +256,8 @@ class Losses:
     # ------------------------------------------------------------------------------------------------------ pairs
 
     def itm(self) -> Tensor:
+        if "aligned" in self.model.config.heads:  # as ViLBERT's release has it
+            return self.aligned()
         return F.cross_entropy(self.head("match", self.out.pooled_text, self.out.pooled_image), self.matched)
 
     def aligned(self) -> Tensor:  # 0 = aligned
@@ -284,6 +286,8 @@ class Losses:
         # the queue stays as drawn: of so small a batch it would hold each row's own partner as a negative
         return soft_contrast(text, image, slow_text, slow_image, self.slow.text, self.slow.image,
                              model.contrast.scale)[0]  # fmt: skip
+
+    itc_momentum = itc
 
 
 def vars_of_image(batch: Batch, shown: Tensor) -> dict[str, object]:

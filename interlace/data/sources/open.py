@@ -60,9 +60,10 @@ def open_source(
     """
     if split is not None and split not in SPLITS:
         raise UserError(f"No split {split!r}; the splits are {', '.join(SPLITS)}.{suggest(split, SPLITS)}")
-    parts = source if isinstance(source, (list, tuple)) else _names(source)
+    parts = source if isinstance(source, (list, tuple)) else _names(source) if str(source) else []
     if not parts:
-        raise UserError("No source given: expected a sample's name or a path to pictures and texts.")
+        raise UserError("No data given: expected a sample's name or a path to pictures and texts (data.source=... in a "
+                        "config).")
     folder = Path(pictures).expanduser().absolute() if pictures is not None else None
     if folder is not None and not folder.is_dir():
         raise UserError(f"pictures={str(pictures)!r} is not a folder.")
