@@ -36,6 +36,7 @@ from interlace.bootstrap.threshold import POOR, Decision, fit
 from interlace.data.rows import Source
 from interlace.errors import UserError
 from interlace.run import Run, write_json
+from interlace.search.lock import disk_trouble
 
 WORK, PLAN, PARTS, REPORT = ".bootstrap", "plan.json", "scored.jsonl", "report.json"
 SPLIT = "train"  # what is cleaned; held-out rows are what the result is measured on, so they stay as they are
@@ -152,8 +153,7 @@ def _held(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} holds something else: choose a folder that is empty or not there yet.")
     try:
         (folder / WORK).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / WORK / "lock", timeout=0)
-        with lock:
+        with FileLock(folder / WORK / "lock", timeout=0), disk_trouble(folder):
             yield
     except Timeout:
         raise UserError(f"another process is writing to {folder}. Wait until it has finished, or stop it.") from None

@@ -54,7 +54,7 @@ def settings_for(run: Run, role: str, named: dict[str, Any], out: Path, how: Fin
     before = _config(run.folder)
     train = before.get("train") or {}
     given = [f"{key}={value}" for key, value in {
-        "model.start": run.folder, "train.out": out, "train.steps": how.steps, "train.batch": how.batch,
+        "model.start": run.folder.absolute(), "train.out": out, "train.steps": how.steps, "train.batch": how.batch,
         "train.lr": how.lr, "train.seed": seed, "train.evaluate": "false", "train.log_every": 10,
         "train.checkpoint_every": 50, "train.text_lr": min(float(train.get("text_lr", 2e-5)), how.lr),
         "train.image_lr": min(float(train.get("image_lr", 0.0)), how.lr),

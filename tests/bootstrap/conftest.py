@@ -35,7 +35,7 @@ def pretrained(noisy_folder, text_tower, image_tower, tmp_path_factory) -> Path:
     """Contrast, match and a decoder, after some steps on the noisy table."""
     from interlace.train import train
 
-    settings = toy_settings(noisy_folder, text_tower, tmp_path_factory.mktemp("runs") / "blip", steps=30, batch=24,
+    settings = toy_settings(noisy_folder, text_tower, tmp_path_factory.mktemp("runs") / "blip", steps=15, batch=24,
                             evaluate=False)  # fmt: skip
     settings.model.system, settings.model.image = "blip", str(image_tower)
     settings.objectives, settings.passes = {}, [{"itc": {}, "itm": {"negatives": "hard"}, "lm": {}}]
