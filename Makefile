@@ -43,6 +43,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m bench.search --out docs/bench/search.json
 	$(BIN)/python -m bench.models --out docs/bench/models.json
 	$(BIN)/python -m bench.passes --out docs/bench/passes.json
+	$(BIN)/python -m bench.cached --out docs/bench/cached.json
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache *.egg-info

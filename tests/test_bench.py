@@ -202,3 +202,15 @@ def test_the_two_sides_of_the_passes_score_the_same(shapes, text_tower, image_to
         learner.passes = plan
         logged.append(set(learner(**passes.batch_of(learner, plan, source, processor, 4))["losses"]))
     assert logged[0] == logged[1] != set()
+
+
+def test_cached_gradients_take_less_memory_and_differ_by_rounding(tmp_path):
+    from bench import cached
+
+    arguments = ["--rows", "8", "64", "--at-once", "8", "--repeats", "1", "--threads", "1"]
+    rows = cached.main([*arguments, "--out", str(tmp_path / "cached.json")])
+    assert [(row["objective"], row["rows"]) for row in rows] == [("itc", 8), ("itc", 64), ("itc_sigmoid", 8),
+                                                                 ("itc_sigmoid", 64)]  # fmt: skip
+    assert all(row["differs"] < 1e-5 for row in rows) and rows[0]["whole MB"] == rows[0]["cached MB"]
+    assert rows[1]["whole MB"] > 4 * rows[1]["cached MB"]
+    assert json.loads((tmp_path / "cached.json").read_text())["rows"] == rows
