@@ -86,6 +86,8 @@ def examine(settings: Settings, source: Source | None = None, seconds: float = 1
     passes = build_passes(settings, source)
     learner, processor = make_learner(settings, passes)
     learner.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    if enough:
+        learner.attach(t.batch, rows)
     texts(report, source, processor)
     batches(report, settings, learner, source)
     ids(report, learner, processor)
@@ -351,6 +353,7 @@ def reloads(report: Report, learner: Learner, batch: Batch) -> None:
             learner.save_pretrained(Path(folder))
         again: Any = Learner.from_pretrained(Path(folder), local_files_only=True)
         again.to(learner.device).learn_by(learner.passes).eval()
+        again.beside = learner.beside
         after = again(**batch)["loss"]
         same_ids = learner.decoder is None or all(
             getattr(again.decoder.generation_config, key) == getattr(learner.decoder.generation_config, key)
