@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from interlace import towers
 from interlace.config import VLConfig
 from interlace.data.processor import Augment, Processor
+from interlace.decoder import Decoder
+from interlace.embed.base import Embedder
 from interlace.embed.patches import Patches
 from interlace.embed.stem import ImageStem, ImageTower, TextStem, TextTower
 from interlace.errors import UserError
@@ -18,6 +20,7 @@ from interlace.heads import Answers
 from interlace.layers import Width
 from interlace.model import VLModel
 from interlace.objectives.base import Objective
+from interlace.objectives.mlm import word_table
 from interlace.warm_start import quiet_branches
 
 
@@ -64,6 +67,8 @@ def compose(what: Composition, objectives: list[Objective], augment: Augment | N
         nn.init.eye_(model.contrast.image.weight)
     if "answers" in model.heads:
         cast(Answers, model.heads["answers"]).start()
+    if model.decoder is not None:
+        model.decoder.start(word_table(model))
     return model, _processor(what, config, tokenizer, augment or Augment())
 
 
@@ -91,8 +96,18 @@ def configure(what: Composition, objectives: list[Objective]) -> tuple[VLConfig,
     if any(o.hides_cells for o in objectives):
         pixels.hide = True
     heads = {o.head: o.head_for(words, pixels) for o in objectives if o.head}
-    config = VLConfig(words, pixels, fusion=what.fusion, streams=what.streams, layers=what.layers, heads=heads)
+    config = VLConfig(words, pixels, fusion=what.fusion, streams=what.streams, layers=what.layers, heads=heads,
+                      writes=decoder_asked_for(what, objectives, words))  # fmt: skip
     return config, image, text
+
+
+def decoder_asked_for(what: Composition, objectives: list[Objective], text: Embedder) -> Decoder | None:
+    """A decoder for objectives that write, if any does."""
+    from interlace.objectives.lm import wanted_decoder  # which knows the models that this file makes
+
+    if not any(hasattr(objective, "decoder_for") for objective in objectives):
+        return None
+    return wanted_decoder(objectives, text, towers.load_tokenizer(what.text))
 
 
 def _processor(what: Composition, config: VLConfig, tokenizer: PreTrainedTokenizerBase, augment: Augment) -> Processor:

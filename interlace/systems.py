@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from interlace import towers
-from interlace.compose import Composition
+from interlace.compose import Composition, decoder_asked_for
 from interlace.config import VLConfig
 from interlace.data.processor import Augment, Processor
 from interlace.embed.grid import GridRegions
@@ -216,6 +217,7 @@ def configure_system(what: Composition, objectives: list[Objective],
         raise UserError(f"{what.system} reads pictures and no regions: leave data.regions out, or choose a system that "
                         "reads them (interlace list).")  # fmt: skip
     config.heads = asked_heads(config, objectives, line.module)
+    config.writes = config.writes or decoder_asked_for(what, objectives, config.text)
     return config, parts, line.module
 
 
@@ -229,7 +231,8 @@ def asked_heads(config: VLConfig, objectives: list[Objective], module: Any = Non
         wanted = objective.head_for(config.text, config.image)
         own = config.heads.get(name)
         if own is None and name == "answers" and hasattr(module, "answers"):
-            own = module.answers(wanted["labels"], config.text.width.size)
+            sizes = {"size": config.text.width.size} if "size" in signature(module.answers).parameters else {}
+            own = module.answers(wanted["labels"], **sizes)
         if own is not None and name == "answers":
             own = {**own, "labels": wanted["labels"]}
         heads[name] = wanted if own is None else own

@@ -276,15 +276,18 @@ def test_it_comes_to_answer_in_words(make, source, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- mistakes
 
 
+@pytest.mark.parametrize("objective, reads", [(PrefixLM(decoder=2), "both"), (LM(), "image"),
+                                              (GenerativeVQA(), "both")])  # fmt: skip
+def test_a_system_without_a_decoder_gets_the_one_its_objective_asks_for(objective, reads, make):
+    model, _ = make(objective, "uniter")
+    assert model.config.writes.context == reads
+
+
 def test_mistakes_are_explained(make, source, tmp_path):
     with pytest.raises(UserError, match=r"bert.*later words"):
         make(PrefixLM())
-    with pytest.raises(UserError, match="no decoder that reads both"):
-        make(PrefixLM(decoder=2), "uniter")
     with pytest.raises(UserError, match="learns by lm"):
         make(PrefixLM(), "blip")
-    with pytest.raises(UserError, match="reads the picture, and this model has none"):
-        make(LM(), "uniter")
     with pytest.raises(UserError, match="reads the text or text and picture"):
         make(GenerativeVQA(), "blip")
     with pytest.raises(UserError, match="vl_bert_meet"):
