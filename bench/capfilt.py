@@ -3,11 +3,13 @@ so the truth is known; nothing that trains or judges sees it.
 
     python -m bench.capfilt --seeds 0,1,2 --out docs/bench/capfilt.json --page docs/capfilt.md
 
-For each seed: `interlace data corrupt` exchanges a share of the training captions; on it a small BLIP (contrast,
-matching, captions) and a composed model (contrast, matching) learn from scratch. BLIP writes a caption a picture;
-each of the two judges the web texts and BLIP's, by its match probability and by its cosine, at a threshold fitted on
-validation pairs. Then the composed model learns from scratch on each cleaned table, and on the one whose wrong rows
-were left out by the truth (as good as a filter can be), with the same steps and seed.
+For each seed `interlace data corrupt` exchanges a share of the training captions. All models learn from that table,
+from scratch: a small BLIP (contrast, matching, captions), and a composed model (contrast, matching) twice, for a few
+steps and for as many as the others: on a small table the longer one knows its rows by heart, the wrong ones too. Each
+is asked about every row it learnt from, by match probability and by cosine; the threshold is fitted on validation
+pairs. BLIP, trained on as captioner, and the composed model of few steps clean the table. The composed model then
+learns from scratch on what they leave, and on the rows that a filter without error would leave: same steps, same
+seed.
 
 precision  share of the flagged texts (below the threshold) that were exchanged
 recall     share of the exchanged texts that were flagged
@@ -33,7 +35,9 @@ import torch
 
 from bench.common import Row, keep, machine, markdown, parser, show
 from interlace.bootstrap import Decision, Finetune, bootstrap, corrupt
-from interlace.bootstrap.threshold import area
+from interlace.bootstrap.models import finetuned
+from interlace.bootstrap.score import score_pairs
+from interlace.bootstrap.threshold import area, fit
 from interlace.data.rows import Source
 from interlace.data.sources import open_source
 from interlace.evaluate import evaluate
@@ -42,9 +46,9 @@ from interlace.settings import load_settings
 from interlace.train import train
 
 KS = (1, 5, 10)
-AGAIN = [("blip", "match"), ("composed", "match"), ("composed", "cosine")]  # filters whose tables are learnt from
-FOUND = ["filter", "judged by", "flagged", "precision", "recall", "area", "area, validation", "keep", "replace", "drop"]
-GAINED = ["learnt from", "rows", "wrong", *(f"R@{k}" for k in KS), "against noisy, R@10"]
+FILTERS = ("blip", "composed, few steps", "composed")
+FOUND = ["filter", "judged by", "flagged", "precision", "recall", "area", "area, validation"]
+GAINED = ["learnt from", "rows", "wrong", "replaced", *(f"R@{k}" for k in KS), "against noisy, R@10"]
 SIZES = ["data.views=1", "data.keep_states_gb=8", "model.text=minilm", "model.image=efficientnet-lite0",
          "model.size=96", "model.layers=2", "train.batch=32", "train.text_lr=0", "train.image_lr=0",
          "train.evaluate=false", "augment.smallest_crop=0.7"]  # fmt: skip
@@ -65,21 +69,29 @@ def pretrained(kind: str, folder: Path, data: Path, seed: int, steps: int, more:
     return train(settings)
 
 
-def found(folder: Path, noisy: Source, by: str) -> dict[str, Any]:
-    """What the filter flagged against what was exchanged."""
-    wrong = {p.id: bool(p.attributes["corrupted"]) for p in noisy.pairs("train")}
-    lines = [json.loads(line) for line in (folder / "lineage.jsonl").read_text().splitlines()]
-    judged = [line for line in lines if line.get(f"{by}_web") is not None]
-    is_wrong = np.array([wrong[line["id"]] for line in judged])
-    flagged = np.array([line["verdict"] != "keep" for line in judged])
-    scores = np.array([line[f"{by}_web"] for line in judged])
-    report = json.loads((folder / "report.json").read_text())
-    return {
-        "flagged": float(flagged.mean()), "precision": float(is_wrong[flagged].mean()) if flagged.any() else None,
-        "recall": float(flagged[is_wrong].mean()), "area": area(scores, ~is_wrong),
-        "held-out area": report["threshold"]["auc"], "threshold": report["threshold"]["threshold"],
-        **{name: report["verdicts"][name] for name in ("keep", "replace", "drop")},
-    }  # fmt: skip
+def judged(run: Path, noisy: Source, file: Path) -> list[Row]:
+    """What a filter flags against what was exchanged, by each of its scores."""
+    if file.is_file():
+        return json.loads(file.read_text())
+    filter_, pairs = Run.load(run), {int(i): noisy.pair(i) for i in noisy.indices("train")}
+    asked = score_pairs(filter_, noisy, {i: [pair.caption] for i, pair in pairs.items()}, 32)
+    answers = [(row, one) for row, (one,) in asked]
+    wrong = np.array([bool(pairs[row].attributes["corrupted"]) for row, _ in answers])
+    rows = []
+    for number, by in enumerate(("match", "cosine")):
+        fitted = fit(filter_, noisy, Decision(by=by), 32)
+        scores = np.array([one[number] for _, one in answers])
+        rows.append({"judged by": by, **counted(scores, wrong, fitted["threshold"]), "area, validation": fitted["auc"],
+                     "threshold": fitted["threshold"]})  # fmt: skip
+    file.write_text(json.dumps(rows))
+    return rows
+
+
+def counted(scores: np.ndarray, wrong: np.ndarray, threshold: float) -> dict[str, Any]:
+    """scores (N,), wrong (N,) bool -> what is flagged below the threshold, and how much of it rightly."""
+    flagged = scores < threshold
+    return {"flagged": float(flagged.mean()), "precision": float(wrong[flagged].mean()) if flagged.any() else None,
+            "recall": float(flagged[wrong].mean()), "area": area(scores, ~wrong)}  # fmt: skip
 
 
 def true_rows(noisy: Path, out: Path) -> Path:
@@ -100,43 +112,44 @@ def retrieval(folder: Path, noisy: Source) -> dict[str, float]:
     return {f"R@{k}": 50 * (scores["t2i"][f"R@{k}"]["value"] + scores["i2t"][f"R@{k}"]["value"]) for k in KS}
 
 
-def wrong_share(folder: Path) -> tuple[int, float | None]:
-    """Training rows of a table, and the share of its texts that are exchanged ones; what a model wrote is not counted
-    among the wrong ones, since nobody knows."""
-    table = open_source(folder)
-    pairs = list(table.pairs("train"))
-    wrong = [bool(p.attributes["corrupted"]) and p.attributes.get("verdict") in (None, "keep") for p in pairs]
-    return len(pairs), mean(wrong) if wrong else None
+def what_is_in(folder: Path) -> dict[str, Any]:
+    """Training rows of a table; the share of them that has a caption exchanged on purpose, and the share that has one
+    written by the model, of which nobody knows whether it is right."""
+    pairs = list(open_source(folder).pairs("train"))
+    replaced = [p.attributes.get("verdict") == "replace" for p in pairs]
+    wrong = [bool(p.attributes["corrupted"]) and not new for p, new in zip(pairs, replaced)]
+    return {"rows": len(pairs), "wrong": mean(wrong), "replaced": mean(replaced)}
 
 
-def experiment(source: Source, seed: int, work: Path, share: float, steps: int, finetune: Finetune | None = None,
+def experiment(source: Source, seed: int, work: Path, share: float, steps: int, few: int, write: int,
                more: Sequence[str] = ()) -> dict[str, Any]:  # fmt: skip
     """One seed: {"found": rows, "gained": rows}."""
     noisy_folder = work / "noisy"
     if not (noisy_folder / "pairs.csv").is_file():
         corrupt(source, noisy_folder, share, seed)
     noisy = open_source(noisy_folder)
-    runs = {kind: pretrained(kind, work / kind, noisy_folder, seed, steps, more) for kind in ("blip", "composed")}
-    tables: dict[str, Path] = {"noisy table": noisy_folder}
-    filters: list[Row] = []
-    for kind, run in runs.items():
-        for by in ("match", "cosine"):
-            folder, first = work / f"clean-{kind}-{by}", work / f"clean-{kind}-match" / ".bootstrap"
-            if by != "match" and not folder.exists():  # the scores are there: only the decision is another
-                shutil.copytree(first, folder / ".bootstrap", ignore=shutil.ignore_patterns("lock"))
-            bootstrap(runs["blip"], noisy, folder, filter=run, finetune=finetune, named={"source": str(noisy_folder)},
-                      decision=Decision(by=by, sheet=200), seed=seed)  # fmt: skip
-            filters.append({"filter": kind, "judged by": by, **found(folder, noisy, by)})
-            if (kind, by) in AGAIN:
-                tables[f"cleaned by {kind}, {by}"] = folder
-    tables["without the wrong rows, by the truth"] = true_rows(noisy_folder, work / "truth")
+    runs = {"composed, few steps": pretrained("composed", work / "few", noisy_folder, seed, few, more),
+            "blip": pretrained("blip", work / "blip", noisy_folder, seed, steps, more),
+            "composed": pretrained("composed", work / "composed", noisy_folder, seed, steps, more)}  # fmt: skip
+    filters = [{"filter": kind, **row} for kind in FILTERS
+               for row in judged(runs[kind], noisy, runs[kind] / "judged.json")]  # fmt: skip
+    captioner = finetuned(Run.load(runs["blip"]), "captioner", noisy, {"source": str(noisy_folder)}, work / "captioner",
+                          Finetune(write, lr=1e-3), seed)  # fmt: skip
+    tables = {"noisy table": noisy_folder}
+    for by in ("match", "cosine"):
+        tables[f"cleaned by {by}"] = folder = work / f"clean-{by}"
+        if by != "match" and not folder.exists():  # the scores are there: only the decision is another
+            shutil.copytree(work / "clean-match" / ".bootstrap", folder / ".bootstrap",
+                            ignore=shutil.ignore_patterns("lock"))  # fmt: skip
+        bootstrap(captioner, noisy, folder, filter=runs["composed, few steps"], max_length=16,
+                  decision=Decision(by=by, sheet=200), seed=seed)  # fmt: skip
+    tables["wrong rows left out by the truth"] = true_rows(noisy_folder, work / "truth")
     gained: list[Row] = []
     for name, table in tables.items():
         run = runs["composed"]
         if table != noisy_folder:
             run = pretrained("composed", work / f"again-{table.name}", table, seed, steps, more)
-        rows, wrong = wrong_share(table)
-        gained.append({"learnt from": name, "rows": rows, "wrong": wrong, **retrieval(run, noisy)})
+        gained.append({"learnt from": name, **what_is_in(table), **retrieval(run, noisy)})
     return {"seed": seed, "found": filters, "gained": gained}
 
 
@@ -146,14 +159,12 @@ def summary(seeds: list[dict[str, Any]]) -> tuple[list[Row], list[Row]]:
     for rows in zip(*(one["found"] for one in seeds)):
         row: Row = {"filter": rows[0]["filter"], "judged by": rows[0]["judged by"]}
         row |= {name: spread([r[name] for r in rows], 100) for name in ("flagged", "precision", "recall")}
-        row |= {"area": spread([r["area"] for r in rows], 1, 2),
-                "area, validation": spread([r["held-out area"] for r in rows], 1, 2)}  # fmt: skip
-        filters.append(row | {name: spread([r[name] for r in rows]) for name in ("keep", "replace", "drop")})
+        filters.append(row | {name: spread([r[name] for r in rows], 1, 2) for name in ("area", "area, validation")})
     gained = []
     noisy = [one["gained"][0]["R@10"] for one in seeds]
     for number, rows in enumerate(zip(*(one["gained"] for one in seeds))):
-        row = {"learnt from": rows[0]["learnt from"], "rows": spread([r["rows"] for r in rows]),
-               "wrong": spread([r["wrong"] for r in rows], 100)}  # fmt: skip
+        row = {"learnt from": rows[0]["learnt from"], "rows": spread([r["rows"] for r in rows])}
+        row |= {name: spread([r[name] for r in rows], 100) for name in ("wrong", "replaced")}
         row |= {f"R@{k}": spread([r[f"R@{k}"] for r in rows], 1, 1) for k in KS}
         more = [r["R@10"] - n for r, n in zip(rows, noisy)]
         row["against noisy, R@10"] = spread(more, 1, 1, sign=True) if number else None
@@ -185,9 +196,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options.add_argument("sources", nargs="*", default=["furniture", "food"])
     options.add_argument("--seeds", default="0,1,2")
     options.add_argument("--share", type=float, default=0.3, help="of the training captions that are exchanged")
-    options.add_argument("--steps", type=int, default=160, help="of each training from scratch")
-    options.add_argument("--finetune", type=int, default=0, metavar="STEPS",
-                         help="train captioner and filter on from BLIP and the filter's run (default 0: as they are)")
+    options.add_argument("--steps", type=int, default=120, help="of each training from scratch")
+    options.add_argument("--few", type=int, default=40, metavar="STEPS", help="of the filter that cleans")
+    options.add_argument("--write", type=int, default=80, metavar="STEPS", help="of BLIP's further training to write")
     options.add_argument("--work", type=Path, default=Path("runs/capfilt"))
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `interlace train` takes")
     options.add_argument("--threads", type=int, default=1)
@@ -196,11 +207,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     facts, seeds = machine("torch", "transformers"), []
     source = open_source(given.sources if len(given.sources) > 1 else given.sources[0])
-    finetune = Finetune(given.finetune) if given.finetune else None
     for seed in map(int, given.seeds.split(",")):
         # a folder belongs to its numbers: other ones make others
-        work = given.work / f"share{given.share:g}-steps{given.steps}-finetune{given.finetune}" / f"seed{seed}"
-        seeds.append(experiment(source, seed, work, given.share, given.steps, finetune, given.set))
+        numbers = f"share{given.share:g}-steps{given.steps}-few{given.few}-write{given.write}"
+        work = given.work / numbers / f"seed{seed}"
+        seeds.append(experiment(source, seed, work, given.share, given.steps, given.few, given.write, given.set))
         report(seeds, given, facts, source)
     return {"seeds": seeds}
 
@@ -211,14 +222,15 @@ def report(seeds: list[dict[str, Any]], given: Any, facts: dict[str, Any], sourc
     train_rows, test_rows = len(source.indices("train")), len(source.indices("test"))
     notes = [
         f"{source.name}: {train_rows:,} training pairs, {given.share:.0%} of them exchanged; {test_rows} test pairs; "
-        f"{given.steps} steps of 32 from scratch, {given.finetune} of fine-tuning; seeds "
-        f"{', '.join(str(one['seed']) for one in seeds)}; mean, in brackets lowest to highest seed; per cent but for "
-        "areas and rows",
+        f"{given.steps} steps of 32 rows, {given.few} of the filter that cleans, {given.write} more of the captioner; "
+        f"seeds {', '.join(str(one['seed']) for one in seeds)}; mean, in brackets lowest to highest seed; per cent "
+        "but for areas and rows",
     ]
     show("Wrong captions found", FOUND, filters, notes)
     show("Retrieval after learning again", GAINED, gained, notes)
     if given.out:
-        content = {"machine": facts, "share": given.share, "steps": given.steps, "finetune": given.finetune}
+        content = {"machine": facts, "share": given.share, "steps": given.steps, "few": given.few,
+                   "write": given.write}  # fmt: skip
         keep(given.out, {**content, "source": source.name, "train rows": train_rows, "test rows": test_rows,
                          "seeds": seeds})  # fmt: skip
     if given.page:

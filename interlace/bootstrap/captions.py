@@ -27,16 +27,26 @@ class Nucleus(LogitsProcessor):
         self.lots, self.top_p, self.step = lots, top_p, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        share, word = scores.float().softmax(-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
+        share, word = likeliest(scores.float().softmax(-1), self.top_p)  # (B, K)
         before = share.cumsum(-1) - share
         share = share * (before < self.top_p)  # the likeliest is always among them
         upto = share.cumsum(-1)
         lot = self.lots[:, self.step, None] * upto[:, -1:]
-        at = torch.searchsorted(upto, lot, right=True).clamp(max=scores.shape[-1] - 1)
+        at = torch.searchsorted(upto, lot, right=True)
         # past the nucleus by rounding: back to its last word
         at = torch.minimum(at, (share > 0).sum(-1, keepdim=True) - 1)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, word.gather(-1, at), 0.0)
+
+
+def likeliest(share: Tensor, top_p: float, most: int = 512) -> tuple[Tensor, Tensor]:
+    """(B, V) -> shares and words, the largest first, (B, K): as many as hold the nuclei of all rows. All are sorted
+    only where a few hundred do not."""
+    if share.shape[-1] > most:
+        top = share.topk(most, dim=-1)
+        if bool((top.values.sum(-1) >= top_p).all()):
+            return top.values, top.indices
+    return share.sort(dim=-1, descending=True, stable=True)
 
 
 def lots(ids: Sequence[str], seed: int, length: int) -> np.ndarray:

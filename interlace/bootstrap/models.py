@@ -74,7 +74,9 @@ def settings_for(run: Run, role: str, named: dict[str, Any], out: Path, how: Fin
 def passes(run: Run, role: str) -> list[dict[str, Any]]:
     if role == "captioner":
         writes = "lm" if run.model.decoder is not None and run.model.config.writes.context == "image" else "prefix_lm"
-        return [{writes: {}}]
+        # not smoothed: smoothing gives a tenth of the probability to words that nobody wrote, and the nucleus would
+        # draw from just those wherever the model is unsure
+        return [{writes: {"smoothing": 0.0} if writes == "lm" else {}}]
     return [{"itc": {}, "itm": {"negatives": "hard"}}] if run.dim else [{"itm": {"negatives": "drawn"}}]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from interlace.bootstrap.captions import Nucleus, lots, sampled
+from interlace.bootstrap.captions import Nucleus, likeliest, lots, sampled
 from interlace.data.pictures import open_picture
 from interlace.run import Run
 
@@ -34,6 +34,15 @@ def test_the_ends_of_the_lot_stay_in_the_nucleus():
         nucleus = order.indices[: int((order.values.cumsum(0) < 0.9).sum()) + 1]
         assert out[row].argmax() in nucleus
     assert out[0].argmax() == share[0].argmax()
+
+
+@pytest.mark.parametrize("sharp", [0.0, 5.0])
+def test_the_nucleus_is_the_same_however_it_is_sorted(sharp):
+    share = (torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)) * (1 + sharp)).softmax(-1)
+    few, many = likeliest(share, 0.9, most=300), likeliest(share, 0.9, most=3000)
+    assert few[0].shape[1] == (300 if sharp else 2000) and many[0].shape[1] == 2000
+    n = few[0].shape[1]
+    assert (few[0] == many[0][:, :n]).all() and (few[1] == many[1][:, :n]).all()
 
 
 def test_lots_belong_to_the_row_and_the_seed():
