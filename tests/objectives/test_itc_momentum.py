@@ -120,3 +120,32 @@ def test_a_queue_of_its_own_choice_divides_and_holds_no_row_twice():
     model = learner("itc")
     for batch_rows, rows, expected in ((8, 50, 48), (64, 10**6, 57600), (100, 10**6, 57600), (8, 8, 8)):
         assert MomentumITC().attach(model, batch_rows, rows).size == expected // batch_rows * batch_rows
+
+
+def test_the_trainers_steps_are_the_same_however_they_are_cut(shapes, text_tower, tmp_path, monkeypatch):
+    """From pictures to the log: the slow copy, the queue, and hard negatives of the whole batch, read again."""
+    import json
+
+    from interlace import train as module
+    from tests.conftest import toy_settings
+
+    def without_dropout(*given):
+        made, processor = make_learner(*given)
+        for part in made.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+        return made, processor
+
+    make_learner, logs = module.make_learner, []
+    for pieces in (1, 8):
+        out = tmp_path / str(pieces)
+        settings = toy_settings(shapes, text_tower, out, steps=3, batch=16, accumulate=pieces, evaluate=False,
+                                log_every=1)  # fmt: skip
+        settings.objectives = {"itc_momentum": {"size": 32, "queue": 32, "ramp": 0.2},
+                               "itm": {"negatives": "hard", "among": "batch"}}  # fmt: skip
+        module.train(settings, make=without_dropout)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+        logs.append([{key: line[key] for key in line if key.startswith(("it", "loss", "grad"))} for line in lines])
+    assert len(logs[0]) == 3 and logs[0][0]["itc_momentum_chance"] == pytest.approx(3.8712, abs=1e-4)  # ln(16 + 32)
+    for whole, cut_up in zip(*logs):
+        assert cut_up == pytest.approx(whole, rel=1e-3)
