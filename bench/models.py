@@ -119,6 +119,7 @@ class Case:
     ours: Callable[[], Any]
     other: Callable[[], Any]
     differ: Callable[[], float]
+    holds: tuple[Callable[[], Any], Callable[[], Any]]  # what memory is asked of
     rival: str = "transformers"
 
 
@@ -135,7 +136,7 @@ def forward(name: str, ours: Callable[[], Any], other: Callable[[], Any]) -> Cas
         return run
 
     a, b = quietly(ours), quietly(other)
-    return Case(name, "forward", a, b, lambda: max(apart(x, y) for x, y in zip(a(), b(), strict=True)))
+    return Case(name, "forward", a, b, lambda: max(apart(x, y) for x, y in zip(a(), b(), strict=True)), (a, b))
 
 
 def train(
@@ -156,7 +157,8 @@ def train(
             model.zero_grad()
         return max(apart(x, y) for x, y in zip(*found))
 
-    return Case(name, f"train, {task}", step(ours[0], ours[2]), step(other[0], other[2]), differ, rival)
+    steps = step(ours[0], ours[2]), step(other[0], other[2])
+    return Case(name, f"train, {task}", *steps, differ, (ours[2], other[2]), rival)
 
 
 def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
@@ -174,7 +176,7 @@ def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
 
 def write(name: str, task: str, ours: Callable[[], Tensor], other: Callable[[], Tensor]) -> Case:
     """Each side gives ids (B, L)."""
-    return Case(name, task, ours, other, lambda: apart(ours(), other()))
+    return Case(name, task, ours, other, lambda: apart(ours(), other()), (ours, other))
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -454,7 +456,7 @@ def measure(case: Case, repeats: int, clock: str = "wall") -> Row:
     return {
         "model": case.model, "task": case.task, "rival": case.rival, "faster": ratio, "range": spread,
         "ours ms": 1000 * median(times[0]), "other ms": 1000 * median(times[1]),
-        "ours MB": peak_tensors(case.ours), "other MB": peak_tensors(case.other),
+        "ours MB": peak_tensors(case.holds[0]), "other MB": peak_tensors(case.holds[1]),
         "differs": differs, "load": before, "seconds": {"ours": times[0], "other": times[1]},
     }  # fmt: skip
 
@@ -491,8 +493,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
         "rounds",
         "faster: the other's time over ours, above 1 we are faster, with the range over the rounds; the other is "
         "transformers unless the task says otherwise",
-        "MB: peak of the tensors made in one run, weights and optimiser not counted; differs: largest difference of "
-        "the results",
+        "MB: peak of the tensors made in one run; of a step, what the forward and its loss hold for the backward "
+        "(weights, gradients and optimiser are the same); differs: largest difference of the results",
     ]
     shown = [row | ({} if row["rival"] == "transformers" else {"task": f"{row['task']} ({row['rival']})"})
              for row in rows]  # fmt: skip

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.common import Row, alternating, clocked, faster, keep, load, machine, parser, peak_tensors, show
 from interlace.data.batches import Collate, Samples
@@ -44,28 +45,36 @@ def measure(recipe: str, settings: Settings, source: Source, rows: int, repeats:
         if len(one.objectives) == 1:
             continue
         each = [Pass([pair], image=same.image) for pair in same.objectives]
-        shared, separate = (step(learner, passes, source, processor, rows) for passes in ([one], each))
-        before, times = load(), alternating([shared, separate], repeats, clock)
+        losses = [loss(learner, passes, source, processor, rows) for passes in ([one], each)]
+        before, times = load(), alternating([step(learner, side) for side in losses], repeats, clock)
         ratio, spread = faster(*times)
         figures.append({
             "recipe": recipe, "pass": " + ".join(objective.key for objective, _ in one.objectives),
             "shared ms": 1000 * median(times[0]), "separate ms": 1000 * median(times[1]),
             "faster": ratio, "range": spread,
-            "shared MB": peak_tensors(shared), "separate MB": peak_tensors(separate),
+            "shared MB": peak_tensors(losses[0]), "separate MB": peak_tensors(losses[1]),
             "load": before, "seconds": {"shared": times[0], "separate": times[1]},
         })  # fmt: skip
     return figures
 
 
-def step(learner: Learner, passes: list[Pass], source: Source, processor: Any, rows: int) -> Callable[[], None]:
-    """A training step on the first rows of the training split, as these passes prepare them."""
+def loss(learner: Learner, passes: list[Pass], source: Source, processor: Any, rows: int) -> Callable[[], Tensor]:
+    """The loss of the first rows of the training split, as these passes prepare them."""
     batch = batch_of(learner, passes, source, processor, rows)
+
+    def run() -> Tensor:
+        learner.passes = passes
+        return learner(**batch)["loss"]
+
+    return run
+
+
+def step(learner: Learner, loss: Callable[[], Tensor]) -> Callable[[], None]:
     learning = [p for p in learner.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learning, lr=1e-6)  # so slow that hardly a weight changes
 
     def run() -> None:
-        learner.passes = passes
-        learner(**batch)["loss"].backward()
+        loss().backward()
         optimiser.step()
         optimiser.zero_grad()
 
@@ -99,7 +108,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         f"torch {facts['packages']['torch']}; {given.clock} time, median of {given.repeats} alternating rounds, "
         f"{given.rows} rows a step",
         "faster: the time with separate passes over that with shared ones, with the range over the rounds",
-        "MB: peak of the tensors made in one step, weights and optimiser not counted",
+        "MB: what the forward and its losses hold for the backward; weights, gradients and optimiser are the same",
     ]
     show("Objectives in one forward", COLUMNS, rows, notes)
     content = {"machine": facts, "threads": given.threads, "clock": given.clock, "rows of a step": given.rows}

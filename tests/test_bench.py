@@ -150,6 +150,8 @@ def test_models_equal_transformers_before_they_are_timed(tmp_path):
         "forward", "write, greedy", "write, beam 3", "train, captions"}  # fmt: skip
     assert all(row["differs"] < 1e-5 and row["ours MB"] > 0 for row in rows)
     assert {row["rival"] for row in rows} == {"transformers", "ours, logits everywhere"}
+    scored, everywhere = (row for row in rows if (row["model"], row["task"]) == ("VisualBERT", "train, hidden words"))
+    assert scored["other MB"] > scored["ours MB"] == everywhere["ours MB"] < everywhere["other MB"]
     assert json.loads(out.read_text())["rows"] == rows
 
 
@@ -198,7 +200,7 @@ def test_the_two_sides_of_the_passes_score_the_same(shapes, text_tower, image_to
     shared = build_passes(settings, source)
     learner, processor = make_learner(settings, shared)
     logged = []
-    for plan in (shared, [Pass([pair]) for pair in build_passes(settings, source)[0].objectives]):
+    for plan in (shared[:1], [Pass([pair]) for pair in build_passes(settings, source)[0].objectives]):
         learner.passes = plan
         logged.append(set(learner(**passes.batch_of(learner, plan, source, processor, 4))["losses"]))
     assert logged[0] == logged[1] != set()
