@@ -54,7 +54,8 @@ class Sizes:
     words: int = 20
     regions: int = 36
     features: int = 2048
-    pixels: int = 224
+    pixels: int = 224  # side of a picture
+    large: int = 384  # the same of ViLT and BLIP
     vocabulary: int = 30522
     answers: int = 3129
     written: int = 20  # words of a caption that is generated
@@ -70,8 +71,8 @@ class Sizes:
                 "intermediate_size": 4 * self.width}  # fmt: skip
 
 
-TINY = Sizes(width=32, heads=4, layers=1, batch=2, words=8, regions=4, features=10, pixels=64, vocabulary=120,
-             answers=7, written=6)  # fmt: skip
+TINY = Sizes(width=32, heads=4, layers=1, batch=2, words=8, regions=4, features=10, pixels=64, large=64,
+             vocabulary=120, answers=7, written=6)  # fmt: skip
 
 
 @dataclass
@@ -205,8 +206,8 @@ def hidden_words(model: VLModel, states: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(word_logits(model, states[asked]), labels[asked])
 
 
-def lxmert_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
-    n = size.layers
+def lxmert_cases(size: Sizes) -> Iterator[Case]:
+    batch, n = Batch.draw(size), size.layers
     theirs = {"vocab_size": size.vocabulary, "hidden_size": size.width, "num_attention_heads": size.heads,
               "intermediate_size": 4 * size.width, "l_layers": n, "r_layers": n, "x_layers": n,
               "visual_feat_dim": size.features, "num_qa_labels": size.answers, "task_obj_predict": False,
@@ -251,7 +252,8 @@ def lxmert_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
     )  # fmt: skip
 
 
-def visual_bert_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
+def visual_bert_cases(size: Sizes) -> Iterator[Case]:
+    batch = Batch.draw(size)
     config = {**size.bert, "vocab_size": size.vocabulary, "visual_embedding_dim": size.features}
     width = Width(size.width, heads=size.heads)
     parts = {"text": Words(width, pool="tanh", vocabulary=size.vocabulary),
@@ -299,8 +301,9 @@ def visual_bert_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
     yield train("VisualBERT", "hidden words", hidden, (ours2, first[0], everywhere), "ours, logits everywhere")
 
 
-def vilt_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
-    patch = size.patch(32)
+def vilt_cases(size: Sizes) -> Iterator[Case]:
+    size = replace(size, pixels=size.large)
+    batch, patch = Batch.draw(size), size.patch(32)
     config = {**size.bert, "vocab_size": size.vocabulary, "image_size": size.pixels, "patch_size": patch,
               "hidden_dropout_prob": 0.1, "layer_norm_eps": 1e-6, "max_image_length": -1}  # fmt: skip
     width = Width(size.width, heads=size.heads, norm="pre", eps=1e-6, attention_dropout=0.0)
@@ -333,8 +336,9 @@ def vilt_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
                 (other2, first[1], lambda: other2(**read, labels=batch.labels).loss))  # fmt: skip
 
 
-def blip_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
-    patch = size.patch(16)
+def blip_cases(size: Sizes) -> Iterator[Case]:
+    size = replace(size, pixels=size.large, batch=max(2, size.batch // 2))  # 577 states a picture: half as many rows
+    batch, patch = Batch.draw(size), size.patch(16)
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     text = {**size.bert, **dropout, "vocab_size": size.vocabulary, "bos_token_id": START, "sep_token_id": END,
             "eos_token_id": END, "pad_token_id": 0, "projection_dim": 256, "encoder_hidden_size": size.width,
@@ -379,8 +383,8 @@ def blip_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
                 (writer, "vision_model.embeddings.patch_embedding.weight", their_captions))  # fmt: skip
 
 
-def clip_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
-    patch = size.patch(32)
+def clip_cases(size: Sizes) -> Iterator[Case]:
+    batch, patch = Batch.draw(size), size.patch(32)
     text = {**size.bert, "vocab_size": size.vocabulary, "eos_token_id": END, "bos_token_id": START, "pad_token_id": 0}
     vision = {**size.bert, "image_size": size.pixels, "patch_size": patch}
     other: Any = built(hf.CLIPModel, hf.CLIPConfig(text_config=text, vision_config=vision))
@@ -405,7 +409,7 @@ def clip_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
                  lambda: other(**read, return_loss=True).loss))  # fmt: skip
 
 
-def vision_encoder_decoder_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
+def vision_encoder_decoder_cases(size: Sizes) -> Iterator[Case]:
     positions = max(64, size.words)
     texts: dict[str, Any] = {
         "ViT + BERT": hf.BertConfig(**size.bert, vocab_size=size.vocabulary, max_position_embeddings=positions),
@@ -413,10 +417,11 @@ def vision_encoder_decoder_cases(size: Sizes, batch: Batch) -> Iterator[Case]:
                                      vocab_size=size.vocabulary, n_positions=positions),
     }  # fmt: skip
     for name, text in texts.items():
-        yield from captioner_cases(name, text, size, batch)
+        yield from captioner_cases(name, text, size)
 
 
-def captioner_cases(name: str, text: hf.PreTrainedConfig, size: Sizes, batch: Batch) -> Iterator[Case]:
+def captioner_cases(name: str, text: hf.PreTrainedConfig, size: Sizes) -> Iterator[Case]:
+    batch = Batch.draw(size)
     vision = hf.ViTConfig(**size.bert, image_size=size.pixels, patch_size=size.patch(16))
     ours: Any = caption_model(vision, text, Ids(START, 0, END))
     other: Any = built(hf.VisionEncoderDecoderModel, hf.VisionEncoderDecoderConfig(**ours.config.to_dict()))
@@ -440,7 +445,7 @@ def captioner_cases(name: str, text: hf.PreTrainedConfig, size: Sizes, batch: Ba
     yield train(name, "captions", (ours, first, lambda: loss(ours)), (other, first, lambda: loss(other)))
 
 
-MODELS: dict[str, Callable[[Sizes, Batch], Iterator[Case]]] = {
+MODELS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "lxmert": lxmert_cases, "visual_bert": visual_bert_cases, "vilt": vilt_cases, "blip": blip_cases,
     "clip": clip_cases, "vision_encoder_decoder": vision_encoder_decoder_cases,
 }  # fmt: skip
@@ -474,12 +479,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
     changes = {name: value for name in ("layers", "batch") if (value := getattr(given, name)) is not None}
     size = replace(TINY if given.tiny else Sizes(), **changes)
     torch.set_num_threads(given.threads)
-    facts, batch, rows = machine("torch", "transformers"), Batch.draw(size), []
+    facts, rows = machine("torch", "transformers"), []
     content = {"machine": facts, "threads": given.threads, "clock": given.clock, "sizes": vars(size), "rows": rows}
     hf.logging.set_verbosity_error()
     for name in given.models or MODELS:
         torch.manual_seed(0)
-        for case in MODELS[name](size, batch):
+        for case in MODELS[name](size):
             if case.task.startswith(given.task):
                 row = measure(case, given.repeats, given.clock)
                 rows.append(row)
@@ -489,8 +494,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
         f"{facts['cpu']}, {given.threads} threads, load {facts['load']} at the start; "
         f"torch {facts['packages']['torch']}, transformers {facts['packages']['transformers']}",
         f"float32, width {size.width}, {size.layers} layers a stack, batch {size.batch}, {size.words} words, "
-        f"{size.regions} regions or {size.pixels} pixels; {given.clock} time, median of {given.repeats} alternating "
-        "rounds",
+        f"{size.regions} regions or {size.pixels} pixels (ViLT {size.large}; BLIP {size.large} and half the batch); "
+        f"{given.clock} time, median of {given.repeats} alternating rounds",
         "faster: the other's time over ours, above 1 we are faster, with the range over the rounds; the other is "
         "transformers unless the task says otherwise",
         "MB: peak of the tensors made in one run; of a step, what the forward and its loss hold for the backward "
