@@ -31,7 +31,8 @@ from interlace.presets import PRESETS
 from interlace.regions.arrays import RegionArrays
 from interlace.regions.store import Stamp, Writer
 from interlace.settings import Settings, load_settings
-from interlace.train import VLTrainer, build_passes, make_learner, shape_of, stored_regions, training_arguments
+from interlace.train import build_passes, make_learner, shape_of, stored_regions, training_arguments
+from interlace.trainer import VLTrainer
 
 COLUMNS = ["recipe", "M parameters", "rows", "first loss", "last loss", "seconds a step", "peak GB"]
 DETECTOR = {"kind": "given", "name": "drawn at random"}

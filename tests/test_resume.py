@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from interlace.settings import load_settings
+from interlace.trainer import BESIDE
 
 STEPS, EVERY = 24, 8
 
@@ -171,7 +172,7 @@ def test_what_objectives_keep_beside_the_model_and_cached_gradients_resume_bit_f
     monkeypatch.setattr(module.VLTrainer, "training_step", dies)
     with pytest.raises(Killed):
         module.train(settings("run"))
-    beside = tmp_path / "run" / "checkpoints" / "checkpoint-3" / module.BESIDE
+    beside = tmp_path / "run" / "checkpoints" / "checkpoint-3" / BESIDE
     assert beside.exists() == ("itc_momentum" in objectives)
     kept = load_file(beside) if beside.exists() else {}
     module.train(settings("run"))

@@ -18,7 +18,7 @@ from interlace.objectives import ITC, ITM, VQA
 from interlace.objectives.base import Views
 from interlace.objectives.itc import contrast
 from interlace.objectives.whole import look_ahead
-from interlace.train import CollapseAlarm
+from interlace.trainer import CollapseAlarm
 
 
 def learner(objectives, fusion="mid", streams="dual", seed=0):

@@ -83,7 +83,8 @@ def gradients(model):
 def test_micro_batches_give_the_gradient_of_the_whole_batch(name, system, source):
     model, processor = copy.deepcopy(system(name))  # the passes of the shared one stay as they are
     if any(isinstance(o, ITC) or getattr(o, "negatives", "") in ("hard", "both") for o, _ in model.objectives):
-        model.passes = [Pass([(o, w) for o, w in one.objectives if not isinstance(o, ITC | ITM)]) for one in model.passes]
+        plain = [[(o, w) for o, w in one.objectives if not isinstance(o, ITC | ITM)] for one in model.passes]
+        model.passes = [Pass(objectives) for objectives in plain]
     model.train()
     whole = model(**batch(source, model, processor, range(8)))["loss"]
     whole.backward()

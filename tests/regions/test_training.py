@@ -99,7 +99,7 @@ def test_what_does_not_fit_regions_is_refused(shapes, text_tower, store, tmp_pat
 
 def test_a_store_of_other_rows_is_refused(shapes, text_tower, image_tower, tmp_path):
     extract(open_source(shapes), GridExtractor(image_tower, size=48), tmp_path / "few", split="test", progress=False)
-    with pytest.raises(UserError, match="training rows have no regions in .*interlace extract"):
+    with pytest.raises(UserError, match=r"training rows have no regions in .*interlace extract"):
         train(settings(shapes, text_tower, tmp_path / "few", tmp_path / "run", itm={}))
 
 
