@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,27 +82,43 @@ def peak(work: Callable[[], Any], device: torch.device) -> float:
     return most
 
 
+def process_peak(work: Callable[[], Any]) -> float:
+    """The most bytes that this process took while it did `work`: what libraries allocate for themselves, and what was
+    freed and not given back, is no tensor and counts too. Looked at every two milliseconds."""
+    process, seen, done = psutil.Process(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(max(seen.pop(), process.memory_info().rss))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(*seen, process.memory_info().rss)
+
+
 def largest(batch: int, room: float, measure: Callable[[int], float]) -> tuple[int, float]:
     """The largest divisor of `batch`, from 2 up, of which `measure` (rows -> bytes) says that it fits into `room`
-    bytes, and what it said. It is asked for two small ones, for the one where their line meets `room`, and for smaller
-    ones as long as that is too much. Raises UserError when not even the smallest fits."""
+    bytes, and what it said. Starts small, grows at most eightfold, and never tries a size that, taking as much a row as
+    the one before, would be too much: a device that is full is an error. Raises UserError when not even the smallest
+    fits."""
     sizes = [n for n in range(min(2, batch), batch + 1) if batch % n == 0]
-    least, more = sizes[0], next((n for n in sizes if n >= 16), sizes[-1])
-    said = {least: measure(least)}
-    if said[least] > room:
-        raise UserError(f"train.memory leaves {shown(max(room, 0))} for a micro-batch, and one of {least} rows takes "
-                        f"{shown(said[least])}: give {shown(said[least] - room)} more, or choose a smaller model, "
+    rows, took = sizes[0], measure(sizes[0])
+    if took > room:
+        raise UserError(f"train.memory leaves {shown(max(room, 0))} for a micro-batch, and one of {rows} rows takes "
+                        f"{shown(took)}: give {shown(took - room)} more, or choose a smaller model, "
                         "model.size or train.gradient_checkpointing=true.")  # fmt: skip
-    if more > least:
-        said[more] = measure(more)
-        slope = max((said[more] - said[least]) / (more - least), 1.0)
-        sizes = [n for n in sizes if said[least] + slope * (n - least) <= room or n == least]
-    for size in reversed(sizes):
-        if size not in said:
-            said[size] = measure(size)
-        if said[size] <= room:
-            return size, said[size]
-    return least, said[least]
+    while larger := [n for n in sizes if rows < n <= 8 * rows and took * n / rows <= room]:
+        said = measure(larger[-1])
+        if said > room:
+            sizes = [n for n in sizes if n < larger[-1]]
+        else:
+            rows, took = larger[-1], said
+    return rows, took
 
 
 # ------------------------------------------------------------------------------------------------------------ choosing
@@ -120,7 +138,8 @@ def choose_micro_batch(out: Path, t: TrainSettings, learner: Learner, samples: S
         return known
     budget, device = parse_bytes(t.memory), learner.device
     learned = sum(p.nbytes for p in learner.parameters() if p.requires_grad)
-    fixed = in_use(device) + learned * (3 if world() == 1 else 4)  # gradients, AdamW's two, and what ranks exchange
+    before = in_use(device)
+    fixed = before + learned * (3 if world() == 1 else 4)  # gradients, AdamW's two, and what ranks exchange
     whole = t.batch * world()
     if any(objective.looks(2) for objective, _ in learner.objectives):
         size = learner.contrast.text.out_features
@@ -129,7 +148,7 @@ def choose_micro_batch(out: Path, t: TrainSettings, learner: Learner, samples: S
         fixed += min(t.batch * _picture_bytes(samples, collate), hold(t, device))
     passes = len(learner.passes) if t.mix != "sum" else 0
     rows, took = largest(t.batch, budget - fixed,
-                         lambda n: MARGIN * step_peak(learner, samples, collate, n, passes, t.bf16))  # fmt: skip
+                         lambda n: MARGIN * step_peak(learner, samples, collate, n, passes, t.bf16, before))
     if world() > 1:
         agreed_rows = torch.tensor(rows, device=device)
         dist.all_reduce(agreed_rows, dist.ReduceOp.MIN)
@@ -151,9 +170,10 @@ def _picture_bytes(samples: Samples, collate: Collate) -> float:
 
 
 def step_peak(learner: Learner, samples: Samples, collate: Collate, rows: int, passes: int = 0,
-              bf16: bool = False) -> float:  # fmt: skip
+              bf16: bool = False, before: float = 0) -> float:  # fmt: skip
     """Bytes of a forward and backward over so many rows, where gradients are there already. `passes`: of so many one is
-    drawn, and the largest counts; 0: a step has all. Leaves weights, statistics and random numbers as they were."""
+    drawn, and the largest counts; 0: a step has all. `before`: what the process took, without a device, when it had not
+    computed yet; 0: tensors alone. Leaves weights, statistics and random numbers as they were."""
     random, device = random_state(), learner.device
     drawn: list[tuple[int, ...]] = [(number,) for number in range(passes)] or [()]
     most = 0.0
@@ -162,8 +182,13 @@ def step_peak(learner: Learner, samples: Samples, collate: Collate, rows: int, p
             for one in drawn:
                 batch = collate([samples[(0, n % len(samples), *one)] for n in range(rows)])
                 batch = send_to_device({k: v for k, v in batch.items() if k not in ("ids", "skipped")}, device)
-                _learn(learner, batch, bf16)  # makes the gradients
-                most = max(most, peak(lambda batch=batch: _learn(learner, batch, bf16), device))  # type: ignore[misc]
+                step = partial(_learn, learner, batch, bf16)
+                if before and device.type == "cpu":
+                    taken = process_peak(step) - before
+                    most = max(most, taken - sum(p.nbytes for p in learner.parameters() if p.grad is not None))
+                else:
+                    step()  # makes the gradients
+                most = max(most, peak(step, device))
     finally:
         learner.zero_grad(set_to_none=True)
         set_random_state(random)

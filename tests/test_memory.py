@@ -9,7 +9,7 @@ from interlace import memory
 from interlace.data.batches import Collate, Samples
 from interlace.data.sources import open_source
 from interlace.errors import UserError
-from interlace.memory import choose_micro_batch, largest, parse_bytes, peak, step_peak
+from interlace.memory import choose_micro_batch, largest, parse_bytes, peak, process_peak, step_peak
 from interlace.train import build_passes, make_learner, train
 from tests.conftest import toy_settings
 
@@ -21,17 +21,43 @@ def test_sizes_are_read_and_nonsense_is_not():
             parse_bytes(text)
 
 
-@pytest.mark.parametrize("measure", [lambda n: 100 + 10 * n, lambda n: 100 + n * n, lambda n: 300 - 300 / n])
-@pytest.mark.parametrize("room", [130, 200, 500, 10**6])
-def test_the_largest_divisor_that_fits_is_chosen(measure, room):
+@pytest.mark.parametrize("measure", [lambda n: 10 * n, lambda n: 100 + 10 * n, lambda n: max(100, 5 * n)])
+@pytest.mark.parametrize("room", [15, 130, 200, 500, 10**6])
+def test_the_largest_divisor_that_fits_is_found_without_trying_more_than_fits(measure, room):
+    tried = []
+
+    def told(rows):
+        tried.append(rows)
+        return measure(rows)
+
     if measure(2) > room:
         with pytest.raises(UserError, match=r"train\.memory leaves .* and one of 2 rows takes"):
-            largest(96, room, measure)
+            largest(96, room, told)
         return
-    rows, took = largest(96, room, measure)
+    rows, took = largest(96, room, told)
     assert 96 % rows == 0 and took == measure(rows) <= room
-    if measure(96) == 100 + 10 * 96:  # on a line none larger would have fitted
-        assert all(measure(n) > room for n in range(rows + 1, 97) if 96 % n == 0)
+    assert all(measure(n) <= room for n in tried) and tried == sorted(tried)
+    more = [n for n in range(rows + 1, 97) if 96 % n == 0]
+    assert not more or took * more[0] / rows > room  # as much a row, and it would not fit
+    if measure(96) == 960:
+        assert rows == max(n for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96) if 10 * n <= room or n == 2)
+
+
+def test_after_a_surprise_smaller_ones_are_tried():
+    assert largest(96, 1000, lambda n: 10 * n if n < 48 else 10**6) == (32, 320)
+    assert largest(7, 1000, lambda n: 10 * n) == (7, 70) and largest(1, 1000, lambda n: 10 * n) == (1, 10)
+
+
+def test_memory_that_is_no_tensor_counts_in_a_process():
+    def work():
+        kept = bytearray(64_000_000)
+        for at in range(0, len(kept), 4096):
+            kept[at] = 1
+        list(range(300_000))
+
+    before = memory.in_use(torch.device("cpu"))
+    assert process_peak(work) > before + 50e6
+    assert peak(work, torch.device("cpu")) == 0
 
 
 def test_the_peak_is_what_was_held_at_once():
