@@ -25,7 +25,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -94,15 +94,15 @@ def counted(scores: np.ndarray, wrong: np.ndarray, threshold: float) -> dict[str
             "recall": float(flagged[wrong].mean()), "area": area(scores, ~wrong)}  # fmt: skip
 
 
-def true_rows(noisy: Path, out: Path) -> Path:
-    """The table without the rows that were exchanged: what a filter without error would leave."""
+def without(folder: Path, out: Path, gone: Callable[[dict[str, str]], bool]) -> Path:
+    """The table without some rows."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(noisy / "pairs.csv", newline="", encoding="utf-8") as file:
+    with open(folder / "pairs.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     with open(out / "pairs.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(row for row in rows if row["corrupted"] == "no")
+        writer.writerows(row for row in rows if not gone(row))
     return out
 
 
@@ -143,7 +143,10 @@ def experiment(source: Source, seed: int, work: Path, share: float, steps: int, 
                             ignore=shutil.ignore_patterns("lock"))  # fmt: skip
         bootstrap(captioner, noisy, folder, filter=runs["composed, few steps"], max_length=16,
                   decision=Decision(by=by, sheet=200), seed=seed)  # fmt: skip
-    tables["wrong rows left out by the truth"] = true_rows(noisy_folder, work / "truth")
+    # the same verdicts, but what would be replaced is left out too: the filter alone
+    tables["kept by match"] = without(work / "clean-match", work / "kept", lambda row: row["verdict"] == "replace")
+    tables["wrong rows left out by the truth"] = without(noisy_folder, work / "truth",
+                                                         lambda row: row["corrupted"] == "yes")  # fmt: skip
     gained: list[Row] = []
     for name, table in tables.items():
         run = runs["composed"]

@@ -215,7 +215,7 @@ def bootstrap_captions(args: argparse.Namespace) -> int:
     decision = Decision(args.by, args.threshold, args.labels, args.precision, args.both, args.sheet)
     bootstrap(args.run, source, args.out, captioner=args.captioner, filter=args.filter, finetune=finetune, clean=clean,
               named=named, decision=decision, top_p=args.top_p, max_length=args.max_length, seed=args.seed,
-              batch=args.batch)  # fmt: skip
+              batch=args.batch, write=args.write)  # fmt: skip
     return 0
 
 
@@ -444,6 +444,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="NEW", help="folder of the new table; a killed command goes on")
     sub.add_argument("--captioner", default="", metavar="RUN", help="another run to write the texts")
     sub.add_argument("--filter", default="", metavar="RUN", help="another run to judge them: any with a match head")
+    sub.add_argument("--write", action=argparse.BooleanOptionalAction, default=True,
+                     help="write texts; without it those that are there are kept or left out")  # fmt: skip
     sub.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True,
                      help="train both on from their runs first")  # fmt: skip
     sub.add_argument("--clean", metavar="SOURCE", help="what to fine-tune on (default: the source itself)")

@@ -84,7 +84,8 @@ class Report:
 def bootstrap(run: str | Path, source: Source, out: str | Path, *, captioner: str | Path = "",
               filter: str | Path = "", finetune: Finetune | None = None, clean: Source | None = None,
               named: dict[str, Any] | None = None, decision: Decision | None = None, top_p: float = 0.9,
-              max_length: int = 0, seed: int = 0, batch: int = 32, progress: bool = True) -> Report:  # fmt: skip
+              max_length: int = 0, seed: int = 0, batch: int = 32, write: bool = True,
+              progress: bool = True) -> Report:  # fmt: skip
     """Writes `source` to the folder `out` with the captions of its training split judged, replaced or left out.
 
     From the run (with contrast, match and a decoder) a captioner and a filter are fine-tuned on `clean`, else on the
@@ -95,6 +96,7 @@ def bootstrap(run: str | Path, source: Source, out: str | Path, *, captioner: st
     questions of the others stay.
 
     A kill costs a batch: the same call goes on. Once the scores are there, another `decision` is a matter of seconds.
+    `write` False: nothing is written, texts are kept or left out; then no run has to write.
     `named`: keys of `data` for the configs of the fine-tuned runs (source, columns, pictures).
 
     Raises UserError: a run without a part it needs, no captions in the training split, a folder with another plan, a
@@ -108,12 +110,16 @@ def bootstrap(run: str | Path, source: Source, out: str | Path, *, captioner: st
     if not len(rows):
         raise UserError(f"{source.name} has no rows in its {SPLIT!r} split, so there is nothing to clean.")
     base = Run.load(run)
-    runs = {role: Run.load(given) if str(given) else base for role, given in (("captioner", captioner),
-                                                                              ("filter", filter))}  # fmt: skip
-    check_captioner(runs["captioner"])
+    if not write and (str(captioner) or decision.both):
+        raise UserError("where nothing is written there is nothing for a captioner to do, and no second text to add: "
+                        "leave --captioner and --both out, or write.")  # fmt: skip
+    roles = {"captioner": captioner, "filter": filter} if write else {"filter": filter}
+    runs = {role: Run.load(given) if str(given) else base for role, given in roles.items()}
+    if write:
+        check_captioner(runs["captioner"])
     check_filter(runs["filter"], decision.by)
     learnt_from = clean or source
-    plan = {"source": source.fingerprint, "captioner": runs["captioner"].fingerprint,
+    plan = {"source": source.fingerprint, "captioner": runs["captioner"].fingerprint if write else "",
             "filter": runs["filter"].fingerprint, "finetune": asdict(finetune) if finetune else None,
             "learnt_from": learnt_from.fingerprint if finetune else "", "top_p": top_p, "max_length": max_length,
             "seed": seed, "batch": batch}  # fmt: skip
@@ -195,9 +201,10 @@ def _scored(folder: Path, source: Source, runs: dict[str, Run], plan: dict[str, 
     parts = Parts(folder / WORK / PARTS, len(rows), plan["batch"])
     if parts.done == len(rows):
         return parts
-    judge = Judge(runs["captioner"], runs["filter"], source, plan["seed"], plan["top_p"], plan["max_length"])
+    judge = Judge(runs.get("captioner"), runs["filter"], source, plan["seed"], plan["top_p"], plan["max_length"])
     bad = sum("bad" in line for line in parts)
-    with bar(total=len(rows), initial=parts.done, unit=" pictures", desc="writing and judging", smoothing=0.05,
+    doing = "writing and judging" if "captioner" in runs else "judging"
+    with bar(total=len(rows), initial=parts.done, unit=" pictures", desc=doing, smoothing=0.05,
              disable=not progress) as todo:  # fmt: skip
         for some in batches(source, rows[parts.done :], plan["batch"], judge.side):
             lines = judge.lines(some)
@@ -286,9 +293,10 @@ def _decide(folder: Path, source: Source, runs: dict[str, Run], parts: Parts, de
         lineage.flush()
         os.fsync(lineage.fileno())
     questions = table.company(_note(source, runs, found))
+    writer = str(runs["captioner"].folder) if "captioner" in runs else ""
     report = Report(folder, found, counts["verdicts"], added, len(source) - len(source.indices(SPLIT)), table.rows,
                     questions, source.n_questions - questions, counts["passed"],
-                    str(runs["captioner"].folder), str(runs["filter"].folder), asdict(decision))  # fmt: skip
+                    writer, str(runs["filter"].folder), asdict(decision))
     shown = [line for _, _, line in sorted(doubtful, key=lambda one: (-one[0], -one[1]))]
     write_sheet(aside / "review.html", source, shown, report)
     _put(aside, folder)
@@ -327,10 +335,12 @@ def _keep_doubtful(heap: list, item: tuple[float, int, dict[str, Any]], most: in
 
 
 def _note(source: Source, runs: dict[str, Run], found: dict[str, Any]) -> str:
-    return (f"Made from {source.name} by `interlace bootstrap`: texts of its {SPLIT} split that its filter "
-            f"({runs['filter'].folder.name}) scored below {found['threshold']:.4g} were replaced by texts that a model "
-            f"wrote ({runs['captioner'].folder.name}), or left out; lineage.jsonl says which. What follows is what the "
-            "source says.")  # fmt: skip
+    replaced = ""
+    if "captioner" in runs:
+        replaced = f"replaced by texts that a model wrote ({runs['captioner'].folder.name}), or "
+    return (f"Made from {source.name} by `interlace bootstrap`: texts of its {SPLIT} split that a filter "
+            f"({runs['filter'].folder.name}) scored below {found['threshold']:.4g} were {replaced}left out; "
+            "lineage.jsonl says which. What follows is what the source says.")  # fmt: skip
 
 
 def _say(file: Any, line: dict[str, Any]) -> None:

@@ -72,16 +72,16 @@ def scores(run: Run, image: Half, texts: Sequence[str], of: Sequence[int]) -> li
 
 
 class Judge:
-    """Both models over a batch of rows: a line for each, as it is kept."""
+    """Both models over a batch of rows: a line for each, as it is kept. Without a captioner nothing is written."""
 
-    def __init__(self, captioner: Run, filter_: Run, source: Source, seed: int, top_p: float, max_length: int):
+    def __init__(self, captioner: Run | None, filter_: Run, source: Source, seed: int, top_p: float, max_length: int):
         self.captioner, self.filter, self.source = captioner, filter_, source
         self.seed, self.top_p, self.max_length = seed, top_p, max_length
 
     @property
     def side(self) -> int:
         """Pixels of the shortest side that the larger of the two models sees."""
-        return max(self.captioner.picture_size, self.filter.picture_size)
+        return max(run.picture_size for run in (self.captioner, self.filter) if run is not None)
 
     @torch.inference_mode()
     def lines(self, batch: list[tuple[int, Any]]) -> list[dict[str, Any]]:
@@ -91,10 +91,12 @@ class Judge:
         said: dict[int, dict[str, Any]] = {}
         if good:
             pictures = [picture for _, picture in good]
-            read = self.captioner.half_image(pictures)
-            seen = read if self.captioner is self.filter else self.filter.half_image(pictures)
-            synthetic = sampled(self.captioner, read, [pairs[row].id for row, _ in good], self.seed, self.top_p,
-                                self.max_length)  # fmt: skip
+            seen = self.filter.half_image(pictures)
+            synthetic = [""] * len(good)
+            if self.captioner is not None:
+                read = seen if self.captioner is self.filter else self.captioner.half_image(pictures)
+                synthetic = sampled(self.captioner, read, [pairs[row].id for row, _ in good], self.seed, self.top_p,
+                                    self.max_length)  # fmt: skip
             web = [pairs[row].caption for row, _ in good]
             places = list(range(len(good)))
             found = scores(self.filter, seen, [*web, *synthetic], [*places, *places])

@@ -59,7 +59,7 @@ def write_sheet(file: Path, source: Source, lines: list[dict[str, Any]], report:
     with open(file, "w", encoding="utf-8", errors="replace") as page:
         page.write(_head(source, len(lines), report))
         for line in bar(lines, desc="review page", unit=" pictures", leave=False):
-            page.write(_card(line, _small(source, line["row"]), report.threshold["by"]))
+            page.write(_card(line, _small(source, line["row"]), report))
         page.write("</div>\n</main>\n</body>\n</html>\n")
 
 
@@ -91,10 +91,12 @@ table.</p>
 """
 
 
-def _card(line: dict[str, Any], picture: str, by: str) -> str:
-    verdict = line["verdict"]
+def _card(line: dict[str, Any], picture: str, report: Report) -> str:
+    verdict, by = line["verdict"], report.threshold["by"]
     web = _text("web", line["web"], line, by, verdict == "keep")
-    synthetic = _text("synthetic", line["synthetic"], line, by, verdict == "replace" or "added" in line)
+    synthetic = ""
+    if report.captioner:
+        synthetic = _text("synthetic", line["synthetic"], line, by, verdict == "replace" or "added" in line)
     return (f'<article class="{verdict}">\n<img src="{picture}" alt="">\n<div><h2><b>{WORDS[verdict]}</b>'
             f"<span>{escape(str(line['id']))}</span></h2>\n<dl>{web}{synthetic}</dl></div>\n</article>\n")  # fmt: skip
 

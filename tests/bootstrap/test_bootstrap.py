@@ -229,6 +229,20 @@ def test_runs_without_the_part_are_refused_by_name(pretrained, noisy_folder, noi
     assert report.filter == str(run_folder) and report.captioner == str(pretrained)
 
 
+def test_where_nothing_is_written_a_run_needs_no_decoder_and_rows_are_kept_or_dropped(pretrained, noisy, middle, once,
+                                                                                     tmp_path):  # fmt: skip
+    report = bootstrap(pretrained, noisy, tmp_path / "clean", decision=Decision(threshold=middle), batch=16,
+                       write=False, progress=False)  # fmt: skip
+    was = {line["id"]: line for line in read_lines(once.folder / "lineage.jsonl")}
+    for line in read_lines(report.folder / "lineage.jsonl"):
+        if line["verdict"] != "untouched":
+            assert line["verdict"] == ("keep" if line["match_web"] >= middle else "drop") and line["synthetic"] == ""
+            assert line["match_web"] == pytest.approx(was[line["id"]]["match_web"], abs=1e-5)
+    assert report.verdicts["replace"] == 0 and not report.captioner
+    with pytest.raises(UserError, match="--captioner and --both"):
+        bootstrap(pretrained, noisy, tmp_path / "clean", decision=Decision(both=True), write=False)
+
+
 def test_another_plan_wants_another_folder(cleaned, pretrained, noisy):
     with pytest.raises(UserError, match="seed was 0, is 1"):
         bootstrap(pretrained, noisy, cleaned[0], seed=1, batch=16, progress=False)
