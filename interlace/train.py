@@ -77,6 +77,8 @@ def build_passes(settings: Settings, source: Source) -> list[Pass]:
 
 
 def _objective(name: str, given: dict[str, Any], settings: Settings, source: Source) -> tuple[Objective, float]:
+    if not isinstance(given, dict):
+        raise UserError(f"{name}: expected its options, such as {{weight: 0.5}}, or nothing; got {given!r}.")
     options = dict(given)
     weight = options.pop("weight", 1.0)
     check_type(f"objectives.{name}.weight", weight, float)
@@ -144,8 +146,11 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     samples = Samples(source, "train", processor, passes, t.seed, states=states, regions=regions)
     learner.attach(whole, rows)
     out.mkdir(parents=True, exist_ok=True)
-    settings.save(out / "config.yaml")
-    write_json(out / "data.json", describe_data(source))
+    data = describe_data(source) | ({} if regions is None else {"regions": regions.fingerprint})
+    _same_data(out, data)
+    if arguments.process_index == 0:  # ranks that replace a file at once take it from under each other
+        settings.save(out / "config.yaml")
+        write_json(out / "data.json", data)
     collate = Collate(processor, states, passes, learner.cells_to_hide(), shape_of(processor))
     if t.memory:
         if t.gradient_checkpointing:
@@ -287,7 +292,14 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "epochs": "constant_with_wa
 
 
 def _check(t: TrainSettings) -> None:
-    """Raises UserError for a schedule or an optimiser that there is not."""
+    """Raises UserError for a number, a schedule or an optimiser that there is not."""
+    least = {"batch": 1, "accumulate": 1, "log_every": 1, "checkpoint_every": 1, "steps": 0, "lr": 0, "text_lr": 0,
+             "image_lr": 0, "start_lr": 0, "aligned_lr": 0, "weight_decay": 0, "clip": 0}  # fmt: skip
+    for name, smallest in least.items():
+        if getattr(t, name) < smallest:
+            raise UserError(f"train.{name} is at least {smallest}; got {getattr(t, name)}.")
+    if not t.steps and t.epochs <= 0:
+        raise UserError(f"train.epochs is above 0 where train.steps does not say how long; got {t.epochs}.")
     if t.schedule not in SCHEDULES:
         raise UserError(f"train.schedule is {', '.join(SCHEDULES)}; got {t.schedule!r}."
                         f"{suggest(t.schedule, SCHEDULES)}")  # fmt: skip
@@ -315,6 +327,25 @@ def _same_settings(out: Path, settings: Settings) -> None:
     if differ:
         raise UserError(f"{out} holds a run with other settings ({'; '.join(differ[:3])}). Choose another train.out, "
                         "or remove the folder.")  # fmt: skip
+
+
+def _same_data(out: Path, now: dict[str, Any]) -> None:
+    """A run that was begun goes on over the rows it began with: others would come in another order. Raises UserError
+    that says how they differ."""
+    file = out / "data.json"
+    if newest_complete(out / CHECKPOINTS, warn=lambda line: None) is None or not file.is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if before["fingerprint"] != now["fingerprint"]:
+        counts = [f"{rows['train']} rows to train on and {rows['val'] + rows['test']} others"
+                  for rows in (before["rows"], now["rows"])]  # fmt: skip
+        how = f"it had {counts[0]}, now {counts[1]}" if counts[0] != counts[1] else "as many rows, other contents"
+        raise UserError(f"the data changed since the run in {out} began ({how}). Put back what it was, or train to "
+                        f"another train.out. If the rows are the same and only files were copied or touched, remove "
+                        f"{file} and run the same command again.")  # fmt: skip
+    if before.get("regions") != now.get("regions"):
+        raise UserError(f"the regions were made by another extractor when the run in {out} began. Give those as "
+                        "data.regions, or train to another train.out.")  # fmt: skip
 
 
 def _flat(tree: Any, at: str = "") -> dict[str, Any]:

@@ -27,8 +27,12 @@ def cosine_cost(text: Tensor, image: Tensor, text_mask: Tensor, image_mask: Tens
 
 @torch.no_grad()
 def transport_plan(cost: Tensor, text_mask: Tensor, image_mask: Tensor, beta: float = 0.5, steps: int = 50) -> Tensor:
-    """Cost (B, T, I) -> plan (B, I, T); its sums converge to 1/words and 1/regions."""
+    """Cost (B, T, I) -> plan (B, I, T); its sums converge to 1/words and 1/regions. Zero for a row without either."""
     text_mask, image_mask = text_mask.to(cost), image_mask.to(cost)
+    there = image_mask.unsqueeze(2) * text_mask.unsqueeze(1)  # (B, I, T)
+    # an empty caption has no word to carry: its row is computed as if all were real, for there is none to divide by
+    text_mask = text_mask.masked_fill(~text_mask.any(1, keepdim=True), 1)
+    image_mask = image_mask.masked_fill(~image_mask.any(1, keepdim=True), 1)
     words, regions = text_mask.sum(1, keepdim=True), image_mask.sum(1, keepdim=True)  # (B, 1)
     real = image_mask.unsqueeze(2) * text_mask.unsqueeze(1)  # (B, I, T)
     kernel = torch.exp(-cost.transpose(1, 2) / beta) * real
@@ -38,7 +42,7 @@ def transport_plan(cost: Tensor, text_mask: Tensor, image_mask: Tensor, beta: fl
         delta = 1 / (regions * (q @ sigma.unsqueeze(2)).squeeze(2) + PADDING * (1 - image_mask))  # (B, I)
         sigma = 1 / (words * (q.transpose(1, 2) @ delta.unsqueeze(2)).squeeze(2) + PADDING * (1 - text_mask))  # (B, T)
         plan = delta.unsqueeze(2) * q * sigma.unsqueeze(1)
-    return plan * real
+    return plan * there
 
 
 def transport_distance(text: Tensor, image: Tensor, text_mask: Tensor, image_mask: Tensor) -> Tensor:
@@ -56,8 +60,8 @@ class WRA(Objective):
     """Words and regions of a true pair are cheap to carry onto each other, those of a wrong one dear.
 
     Columns: image, caption. Hides: nothing. Sees: everyone sees everyone. Head: none; both streams have one width.
-    Wants `itm: {negatives: swap}` in its pass, else all pairs are true. Logs: wra, wra_matched and wra_swapped (mean
-    distances). The plan itself, for drawing: `transport_plan`.
+    Wants `itm: {negatives: swap}` in its pass, else all pairs are true. A row without caption is not scored. Logs: wra,
+    wra_matched and wra_swapped (mean distances). The plan itself, for drawing: `transport_plan`.
     """
 
     name = "wra"
@@ -79,6 +83,7 @@ class WRA(Objective):
         out = views.fused()
         assert out.text is not None and out.image is not None
         distance = transport_distance(out.text, out.image, *self.masks(model, views, out.text, out.image))  # (B,)
+        distance = distance * views.part["text_real"]
         matched = views.matched
         loss = alignment_loss(distance, matched)
         seen = distance.detach()

@@ -1,0 +1,221 @@
+"""What training is given and cannot use: one clear error before the first step, or rows that hurt nobody."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from interlace import train as module
+from interlace.compose import Composition
+from interlace.errors import Stopped, UserError
+from interlace.objectives import MLM, MRFR
+from interlace.settings import load_settings
+from interlace.train import train
+from tests.conftest import toy_settings, write_shapes
+
+FAST = {"steps": 2, "batch": 8, "evaluate": False, "log_every": 1}
+
+
+@pytest.fixture
+def settings(shapes, text_tower, tmp_path):
+    def made(**changes):
+        return toy_settings(shapes, text_tower, tmp_path / "run", **{**FAST, **changes})
+
+    return made
+
+
+def small(recipe, source, text_tower, image_tower, out, *more):
+    """A small recipe over toy towers."""
+    made = load_settings(recipe, list(more))
+    image = "patches" if made.model.image == "patches" else str(image_tower)
+    made.model = Composition(system=made.model.system, text=str(text_tower), image=image, width=32, heads=4, layers=2,
+                             size=64, patch=16, max_length=16)  # fmt: skip
+    made.data.source, made.train.out = str(source), str(out)
+    for key, value in FAST.items():
+        setattr(made.train, key, value)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5])
+def test_all_or_none_cannot_be_hidden(share):
+    with pytest.raises(UserError, match=r"mlm\.mask is the share of words to hide, above 0 .*below 1"):
+        MLM(mask=share)
+    with pytest.raises(UserError, match=r"mrfr\.mask is the share of regions to hide"):
+        MRFR(mask=share)
+    if share != 0.0:
+        with pytest.raises(UserError, match=r"mrfr\.kept is the share of the chosen regions that stay visible"):
+            MRFR(kept=share)
+
+
+@pytest.mark.parametrize("objectives, words", [
+    ({"itc": {"size": 8}}, "itc tells the rows of a batch apart, and a batch of 1 has nothing to tell"),
+    ({"itc_sigmoid": {"size": 8}}, "itc_sigmoid tells the rows of a batch apart"),
+    ({"itc": {"size": 8}, "itm": {"negatives": "hard"}}, "itc tells|among the 1 row of a micro-batch"),
+])  # fmt: skip
+def test_one_row_has_nobody_to_be_compared_with(objectives, words, settings):
+    one = settings(batch=1)
+    one.objectives = objectives
+    with pytest.raises(UserError, match=words):
+        train(one)
+    assert not Path(one.train.out).exists()
+
+
+def test_hard_negatives_want_more_than_a_row_at_a_time(settings):
+    cut = settings(batch=8, accumulate=8)
+    cut.objectives = {"itc": {"size": 8}, "itm": {"negatives": "hard"}}
+    with pytest.raises(UserError, match=r"among the 1 row of a micro-batch: set objectives\.itm\.among=batch"):
+        train(cut)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"batch": 0}, r"train\.batch is at least 1; got 0"),
+    ({"batch": -8}, r"train\.batch is at least 1; got -8"),
+    ({"accumulate": 0}, r"train\.accumulate is at least 1; got 0"),
+    ({"steps": -1}, r"train\.steps is at least 0"),
+    ({"steps": 0, "epochs": 0}, r"train\.epochs is above 0"),
+    ({"lr": -1e-3}, r"train\.lr is at least 0"),
+    ({"log_every": 0}, r"train\.log_every is at least 1"),
+    ({"schedule": "linaer"}, r"train\.schedule is cosine, linear, epochs, constant.*Did you mean 'linear'"),
+    ({"betas": [0.9]}, r"train\.betas are two numbers"),
+    ({"betas": [0.9, 1.0]}, r"train\.betas are two numbers"),
+    ({"eps": 0.0}, r"train\.eps is above 0"),
+    ({"mix": "drawn"}, r"train\.mix is sum, draw, turns.*Did you mean 'draw'"),
+])  # fmt: skip
+def test_numbers_that_cannot_be_are_named(change, words, settings):
+    with pytest.raises(UserError, match=words):
+        train(settings(**change))
+
+
+@pytest.mark.parametrize("passes, words", [
+    ("mlm", "passes: expected a list of mappings"),
+    ({"mlm": {}}, "passes: expected a list of mappings"),
+    (["mlm"], "passes: expected a list of mappings"),
+    ([{}], "passes: expected a list of mappings"),
+    ([{"mlm": {}, "share": 0}], r"passes\.share is how often a pass is drawn, above 0; got 0"),
+    ([{"mlm": {}, "share": "often"}], r"passes\.share: expected a number, got 'often'"),
+    ([{"mlm": {}, "image": "no picture"}], r"passes\.image: expected true or false"),
+    ([{"mlmm": {}}], "no objective is called 'mlmm'.*Did you mean 'mlm'"),
+    ([{"mlm": {"weight": "heavy"}}], r"mlm\.weight: expected a number"),
+    ([{"mlm": 0.15}], "mlm: expected its options"),
+    ([{"mlm": False}], "no objective is left to learn by"),
+    ([{"share": 3}], "no objective is left to learn by"),
+])  # fmt: skip
+def test_malformed_passes_are_explained(passes, words, shapes, text_tower, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps({"passes": passes}))
+    with pytest.raises(UserError, match=words):
+        made = load_settings(file, [f"data.source={shapes}", f"train.out={tmp_path / 'run'}", "train.batch=8"])
+        made.model = toy_settings(shapes, text_tower, tmp_path).model
+        train(made)
+
+
+def test_objectives_beside_passes_are_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps({"passes": [{"mlm": {}}], "objectives": {"itc": {}}}))
+    with pytest.raises(UserError, match=r"give either objectives.*or passes"):
+        load_settings(file)
+
+
+def test_an_objective_its_system_has_no_part_for_says_which_have(shapes, text_tower, image_tower, tmp_path):
+    made = small("blip-small", shapes, text_tower, image_tower, tmp_path / "run")
+    made.passes = [{"wra": {}, "mrfr": {}}]
+    with pytest.raises(UserError, match="mrfr hides parts of the picture, and the image part 'image_stem' has nothing"):
+        train(made)
+
+
+# ------------------------------------------------------------------------------------------------------------- captions
+
+WITH_CAPTIONS = ["uniter-small", "visual_bert-small", "vl_bert-small", "lxmert-small", "vilbert-small", "vilt-small",
+                 "blip-small", "mlim-small", "vision_encoder_decoder-small", "clip-small"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory):
+    """The shapes, two captions in three of them empty: some batches have none at all."""
+    folder = write_shapes(tmp_path_factory.mktemp("silent") / "table", variants=4)
+    rows = (folder / "pairs.csv").read_text().splitlines()
+    for n in range(1, len(rows)):
+        cells = rows[n].split(",")
+        if n % 3:
+            cells[2] = ""
+        rows[n] = ",".join(cells)
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", WITH_CAPTIONS)
+def test_rows_without_a_caption_hurt_no_objective(recipe, silent, text_tower, image_tower, tmp_path):
+    made = small(recipe, silent, text_tower, image_tower, tmp_path / "run")
+    made.train.batch, made.train.steps = 2, 6
+    made.train.keep_checkpoints = False
+    weights = torch.cat([p.flatten() for p in loaded(train(made))])
+    assert weights.isfinite().all()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()
+              if '"loss"' in line]  # fmt: skip
+    assert len(losses) == 6 and all(abs(loss) < 1e4 for loss in losses)
+
+
+def loaded(folder):
+    from safetensors.torch import load_file
+
+    return [t.float() for t in load_file(folder / "model.safetensors").values() if t.is_floating_point()]
+
+
+def test_no_caption_at_all_is_said_before_training(shapes, text_tower, image_tower, tmp_path):
+    folder = tmp_path / "table"
+    shutil.copytree(shapes, folder)
+    rows = [line.split(",") for line in (folder / "pairs.csv").read_text().splitlines()]
+    (folder / "pairs.csv").write_text("\n".join(",".join([*r[:2], "" if n else r[2], *r[3:]])
+                                                for n, r in enumerate(rows)) + "\n")  # fmt: skip
+    with pytest.raises(UserError, match=r"the mlm objective needs captions, and the first 1,000 rows .* have none"):
+        train(small("visual_bert-small", folder, text_tower, image_tower, tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------------------ numbers that are none
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_rows_and_losses(shapes, text_tower, image_tower, tmp_path):
+    """A mixed pass whose weights flew apart: the rows are those of the step, the losses those of its objectives."""
+    made = small("visual_bert-small", shapes, text_tower, image_tower, tmp_path / "run", "train.lr=1e20",
+                 "train.clip=0")  # fmt: skip
+    made.train.steps, made.train.warmup, made.train.start_lr = 4, 0.0, 0.0
+    with pytest.raises(UserError, match=r"is not a finite number.*bad_batch\.json.*a lower learning rate"):
+        train(made)
+    bad = json.loads((tmp_path / "run/checkpoints/bad_batch.json").read_text())
+    assert len(bad["ids"]) == 8 and all(row.count("-") == 2 for row in bad["ids"])
+    assert {"mlm", "itm"} <= bad["ranks"][0]["losses"].keys()
+
+
+# ------------------------------------------------------------------------------------------------------ data that changed
+
+
+def test_a_run_does_not_go_on_over_other_data(shapes, text_tower, tmp_path, monkeypatch):
+    folder = tmp_path / "table"
+    shutil.copytree(shapes, folder)
+    made = toy_settings(folder, text_tower, tmp_path / "run", **{**FAST, "steps": 4, "checkpoint_every": 2})
+    step = module.VLTrainer.training_step
+
+    def stops(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise Stopped("here", 1)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.VLTrainer, "training_step", stops)
+        with pytest.raises(Stopped):
+            train(made)
+    table = folder / "pairs.csv"
+    before = table.read_text()
+    table.write_text(before.replace("a red circle", "a big red circle"))
+    with pytest.raises(UserError, match=r"the data changed since the run in .* began \(as many rows, other contents\)"):
+        train(made)
+    table.write_text("\n".join(before.splitlines()[:-1]) + "\n")
+    with pytest.raises(UserError, match=r"it had 144 rows to train on and 48 others, now 143 .*remove .*data\.json"):
+        train(made)
+    table.write_text(before)
+    assert (train(made) / "run.json").is_file()  # as it was: the run goes on
