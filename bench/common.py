@@ -129,9 +129,10 @@ def text(value: Any) -> str:
     return f"{value:.3g}"
 
 
-def keep(out: Path | None, content: Row) -> None:
+def keep(out: Path | None, content: Row, say: bool = True) -> None:
     if out is None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"written: {out}")
+    if say:
+        print(f"written: {out}")

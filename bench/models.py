@@ -410,19 +410,9 @@ def clip_cases(size: Sizes) -> Iterator[Case]:
 
 
 def vision_encoder_decoder_cases(size: Sizes) -> Iterator[Case]:
-    positions = max(64, size.words)
-    texts: dict[str, Any] = {
-        "ViT + BERT": hf.BertConfig(**size.bert, vocab_size=size.vocabulary, max_position_embeddings=positions),
-        "ViT + GPT-2": hf.GPT2Config(n_embd=size.width, n_head=size.heads, n_layer=size.layers,
-                                     vocab_size=size.vocabulary, n_positions=positions),
-    }  # fmt: skip
-    for name, text in texts.items():
-        yield from captioner_cases(name, text, size)
-
-
-def captioner_cases(name: str, text: hf.PreTrainedConfig, size: Sizes) -> Iterator[Case]:
-    batch = Batch.draw(size)
+    batch, name = Batch.draw(size), "ViT + BERT"
     vision = hf.ViTConfig(**size.bert, image_size=size.pixels, patch_size=size.patch(16))
+    text = hf.BertConfig(**size.bert, vocab_size=size.vocabulary)
     ours: Any = caption_model(vision, text, Ids(START, 0, END))
     other: Any = built(hf.VisionEncoderDecoderModel, hf.VisionEncoderDecoderConfig(**ours.config.to_dict()))
     other.load_state_dict(ours.state_dict(), strict=False)  # theirs has a pooler that nothing reads
@@ -488,8 +478,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
             if case.task.startswith(given.task):
                 row = measure(case, given.repeats, given.clock)
                 rows.append(row)
+                keep(given.out, content, say=False)  # what there is, should the rest be stopped
                 print(f"{row['model']}, {row['task']}: {row['faster']:.2f} ({row['range']})", flush=True)
-        keep(given.out, content)  # what there is, should the rest be stopped
     notes = [
         f"{facts['cpu']}, {given.threads} threads, load {facts['load']} at the start; "
         f"torch {facts['packages']['torch']}, transformers {facts['packages']['transformers']}",
@@ -504,6 +494,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     shown = [row | ({} if row["rival"] == "transformers" else {"task": f"{row['task']} ({row['rival']})"})
              for row in rows]  # fmt: skip
     show("Models against transformers", COLUMNS, shown, notes)
+    keep(given.out, content)
     return rows
 
 
