@@ -9,7 +9,7 @@ from typing import Any
 
 from interlace.data.rows import Source
 from interlace.errors import UserError
-from interlace.run import Run
+from interlace.run import MARK, Run
 from interlace.settings import Settings, load_settings
 
 
@@ -46,6 +46,8 @@ def finetuned(run: Run, role: str, source: Source, named: dict[str, Any], out: P
     with such a training that was stopped; the folder of the finished run. `named`: keys of `data` for its config."""
     from interlace.train import train
 
+    if (out / MARK).is_file():  # of the same plan, or the folder would have been refused
+        return out
     return train(settings_for(run, role, named, out, how, seed), source=source)
 
 
