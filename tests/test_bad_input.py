@@ -191,7 +191,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_rows_and_losses(shapes
     assert {"mlm", "itm"} <= bad["ranks"][0]["losses"].keys()
 
 
-# ------------------------------------------------------------------------------------------------------ data that changed
+# --------------------------------------------------------------------------------------------------- data that changed
 
 
 def test_a_run_does_not_go_on_over_other_data(shapes, text_tower, tmp_path, monkeypatch):

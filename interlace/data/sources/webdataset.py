@@ -1,7 +1,8 @@
 """WebDataset shards: tar files whose members share a key (00001.jpg, 00001.txt, 00001.json).
 
 The members are indexed by their place in the tar, so a sample is read by seeking instead of streaming a shard, and any
-row can be asked for. Reading the index touches the headers and the texts, not the pictures.
+row can be asked for: the order is the sampler's, whoever loads and wherever a run goes on. Nothing is unpacked. The
+first opening touches the headers and the texts, not the pictures, and keeps what it found (shard_index.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from interlace.data.pictures import SUFFIXES
 from interlace.data.rows import Picture, Problems
 from interlace.data.sources.build import Raw, batched_dicts
 from interlace.data.sources.chain import split_in_name
+from interlace.data.sources.shard_index import Say, ShardIndex
 from interlace.errors import UserError
 
 LOOKED_AT = 1000  # samples whose .json keys become the columns
@@ -92,7 +94,29 @@ def _samples(files: list[Path], problems: Problems) -> Iterator[tuple[str, dict[
 
 
 def _grouped(file: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, suffix -> Picture, text or dict) for each run of members that share a key."""
+    """(key, suffix -> Picture, text or dict) for each run of members that share a key; from the shard's index where it
+    has one."""
+    index = ShardIndex(file)
+    known = index.read()
+    if known is not None:
+        for place, reason in known[1]:
+            problems.add(place, reason)
+        yield from known[0]
+        return
+    told: list[tuple[str, str]] = []
+
+    def say(place: str, reason: str) -> None:
+        told.append((place, reason))
+        problems.add(place, reason)
+
+    try:
+        yield from index.kept(_walked(file, say), told)
+    except (tarfile.TarError, OSError) as error:
+        problems.add(file.name, f"shard not readable to its end: {error}")
+
+
+def _walked(file: Path, say: Say) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Raises TarError or OSError at the place where the shard breaks off, after what came before it."""
     current, members = "", dict[str, Any]()
     unknown = Counter[str]()
     try:
@@ -114,20 +138,30 @@ def _grouped(file: Path, problems: Problems) -> Iterator[tuple[str, dict[str, An
                 if "." + suffix.split(".")[-1] in SUFFIXES:
                     members[suffix] = Picture(path=str(file.absolute()), offset=member.offset_data, length=member.size)
                 elif suffix in TEXTS or suffix == "json":
-                    _read_text(tar, member, suffix, members, f"{file.name} {key}", problems)
+                    _read_text(tar, member, suffix, members, f"{file.name} {key}", say)
                 else:
                     unknown[suffix] += 1
                     members.setdefault(suffix, None)
         if members:
             yield current, members
-    except (tarfile.TarError, OSError) as error:
+            members = {}
+        _check_end(file)
+    except (tarfile.TarError, OSError):
         if members:
             yield current, members
-        problems.add(file.name, f"shard not readable to its end: {error}")
+        raise
+
+
+def _check_end(file: Path) -> None:
+    """Raises ReadError for a tar without the empty blocks that end one: cut between two members it looks whole."""
+    with open(file, "rb") as tar:
+        tar.seek(max(0, file.stat().st_size - 2 * tarfile.BLOCKSIZE))
+        if any(tar.read()):
+            raise tarfile.ReadError("it has no end mark, so it may have been cut off")
 
 
 def _read_text(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, members: dict[str, Any], place: str, problems: Problems
+    tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, members: dict[str, Any], place: str, say: Say
 ) -> None:
     content = tar.extractfile(member)
     try:
@@ -135,6 +169,6 @@ def _read_text(
         members[suffix] = json.loads(text) if suffix == "json" else text
         if suffix == "json" and not isinstance(members[suffix], dict):
             members.pop("json")
-            problems.add(place, "its .json is not an object")
+            say(place, "its .json is not an object")
     except ValueError as error:
-        problems.add(place, f"its .{suffix} is not readable: {error}")
+        say(place, f"its .{suffix} is not readable: {error}")
