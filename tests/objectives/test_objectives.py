@@ -172,6 +172,7 @@ loss.backward()
 dist.all_reduce(loss)
 if dist.get_rank() == 0:
     torch.save({{"loss": loss.item() / 2, **gradients(model)}}, {out!r})
+dist.barrier()  # a rank that leaves early takes gloo's connections from under the other
 dist.destroy_process_group()
 """
 
