@@ -4,12 +4,12 @@ so the truth is known; nothing that trains or judges sees it.
     python -m bench.capfilt --seeds 0,1,2 --out docs/bench/capfilt.json --page docs/capfilt.md
 
 For each seed `interlace data corrupt` exchanges a share of the training captions. All models learn from that table,
-from scratch: a small BLIP (contrast, matching, captions), and a composed model (contrast, matching) twice, for a few
-steps and for as many as the others: on a small table the longer one knows its rows by heart, the wrong ones too. Each
-is asked about every row it learnt from, by match probability and by cosine; the threshold is fitted on validation
-pairs. BLIP, trained on as captioner, and the composed model of few steps clean the table. The composed model then
-learns from scratch on what they leave, and on the rows that a filter without error would leave: same steps, same
-seed.
+from scratch: a small BLIP (contrast, matching, captions) and a composed model (contrast, matching). Both are asked
+about every row they learnt from, by match probability and by cosine; on a small table they know their rows by heart,
+the wrong ones too. So the composed model is trained K times more, each time without one fold of the rows, and each
+judges its fold (`--folds`). The threshold is fitted on validation pairs. BLIP, trained on as captioner, and those
+filters clean the table. The composed model then learns from scratch on what they leave, on the rows that a filter
+without error would leave, and on the table before anything was exchanged: same steps, same seed.
 
 precision  share of the flagged texts (below the threshold) that were exchanged
 recall     share of the exchanged texts that were flagged
@@ -35,7 +35,7 @@ import torch
 
 from bench.common import Row, keep, machine, markdown, parser, show
 from interlace.bootstrap import Decision, Finetune, bootstrap, corrupt
-from interlace.bootstrap.models import finetuned
+from interlace.bootstrap.folds import Filters
 from interlace.bootstrap.score import score_pairs
 from interlace.bootstrap.threshold import area, fit
 from interlace.data.rows import Source
@@ -46,7 +46,7 @@ from interlace.settings import load_settings
 from interlace.train import train
 
 KS = (1, 5, 10)
-FILTERS = ("blip", "composed, few steps", "composed")
+FILTERS = ("blip", "composed")
 FOUND = ["filter", "judged by", "flagged", "precision", "recall", "area", "area, validation"]
 GAINED = ["learnt from", "rows", "wrong", "replaced", *(f"R@{k}" for k in KS), "against noisy, R@10"]
 SIZES = ["data.views=1", "data.keep_states_gb=8", "model.text=minilm", "model.image=efficientnet-lite0",
@@ -79,7 +79,7 @@ def judged(run: Path, noisy: Source, file: Path) -> list[Row]:
     wrong = np.array([bool(pairs[row].attributes["corrupted"]) for row, _ in answers])
     rows = []
     for number, by in enumerate(("match", "cosine")):
-        fitted = fit(filter_, noisy, Decision(by=by), 32)
+        fitted = fit(Filters(noisy, [filter_]), noisy, Decision(by=by), 32)
         scores = np.array([one[number] for _, one in answers])
         rows.append({"judged by": by, **counted(scores, wrong, fitted["threshold"]), "area, validation": fitted["auc"],
                      "threshold": fitted["threshold"]})  # fmt: skip
@@ -121,32 +121,45 @@ def what_is_in(folder: Path) -> dict[str, Any]:
     return {"rows": len(pairs), "wrong": mean(wrong), "replaced": mean(replaced)}
 
 
-def experiment(source: Source, seed: int, work: Path, share: float, steps: int, few: int, write: int,
+def by_folds(folder: Path, by: str, folds: int, noisy: Source) -> Row:
+    """What the filters of a cleaned table flagged, from its lineage and its report."""
+    wrong_of = {pair.id: bool(pair.attributes["corrupted"]) for pair in noisy.pairs("train")}
+    lines = [json.loads(line) for line in (folder / "lineage.jsonl").read_text().splitlines()]
+    judged_ = [line for line in lines if line.get(f"{by}_web") is not None]
+    found = json.loads((folder / "report.json").read_text())["threshold"]
+    scores = np.array([line[f"{by}_web"] for line in judged_])
+    wrong = np.array([wrong_of[line["id"]] for line in judged_])
+    return {"filter": f"composed, {folds} folds", "judged by": by, **counted(scores, wrong, found["threshold"]),
+            "area, validation": found["auc"], "threshold": found["threshold"]}  # fmt: skip
+
+
+def experiment(source: Source, seed: int, work: Path, share: float, steps: int, folds: int, write: int,
                more: Sequence[str] = ()) -> dict[str, Any]:  # fmt: skip
     """One seed: {"found": rows, "gained": rows}."""
     noisy_folder = work / "noisy"
     if not (noisy_folder / "pairs.csv").is_file():
         corrupt(source, noisy_folder, share, seed)
     noisy = open_source(noisy_folder)
-    runs = {"composed, few steps": pretrained("composed", work / "few", noisy_folder, seed, few, more),
-            "blip": pretrained("blip", work / "blip", noisy_folder, seed, steps, more),
-            "composed": pretrained("composed", work / "composed", noisy_folder, seed, steps, more)}  # fmt: skip
+    runs = {kind: pretrained(kind, work / kind, noisy_folder, seed, steps, more) for kind in FILTERS}
     filters = [{"filter": kind, **row} for kind in FILTERS
                for row in judged(runs[kind], noisy, runs[kind] / "judged.json")]  # fmt: skip
-    captioner = finetuned(Run.load(runs["blip"]), "captioner", noisy, {"source": str(noisy_folder)}, work / "captioner",
-                          Finetune(write, lr=1e-3), seed)  # fmt: skip
     tables = {"noisy table": noisy_folder}
     for by in ("match", "cosine"):
         tables[f"cleaned by {by}"] = folder = work / f"clean-{by}"
         if by != "match" and not folder.exists():  # the scores are there: only the decision is another
             shutil.copytree(work / "clean-match" / ".bootstrap", folder / ".bootstrap",
                             ignore=shutil.ignore_patterns("lock"))  # fmt: skip
-        bootstrap(captioner, noisy, folder, filter=runs["composed, few steps"], max_length=16,
-                  decision=Decision(by=by, sheet=200), seed=seed)  # fmt: skip
-    # the same verdicts, but what would be replaced is left out too: the filter alone
-    tables["kept by match"] = without(work / "clean-match", work / "kept", lambda row: row["verdict"] == "replace")
+        bootstrap(runs["blip"], noisy, folder, filter=runs["composed"], finetune=Finetune(write, lr=1e-3),
+                  folds=folds, max_length=16, decision=Decision(by=by, sheet=200), seed=seed,
+                  named={"source": str(noisy_folder)})  # fmt: skip
+        filters.append(by_folds(folder, by, folds, noisy))
+        # the same verdicts, but what would be replaced is left out too: the filter alone
+        tables[f"kept by {by}"] = without(folder, work / f"kept-{by}", lambda row: row["verdict"] == "replace")
     tables["wrong rows left out by the truth"] = without(noisy_folder, work / "truth",
                                                          lambda row: row["corrupted"] == "yes")  # fmt: skip
+    tables["no row exchanged"] = clean = work / "clean"
+    if not (clean / "pairs.csv").is_file():
+        restored(noisy_folder, clean)
     gained: list[Row] = []
     for name, table in tables.items():
         run = runs["composed"]
@@ -154,6 +167,17 @@ def experiment(source: Source, seed: int, work: Path, share: float, steps: int, 
             run = pretrained("composed", work / f"again-{table.name}", table, seed, steps, more)
         gained.append({"learnt from": name, **what_is_in(table), **retrieval(run, noisy)})
     return {"seed": seed, "found": filters, "gained": gained}
+
+
+def restored(folder: Path, out: Path) -> None:
+    """The table with its true captions."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(folder / "pairs.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with open(out / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "caption": row["caption_true"], "corrupted": "no"} for row in rows)
 
 
 def summary(seeds: list[dict[str, Any]]) -> tuple[list[Row], list[Row]]:
@@ -200,8 +224,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options.add_argument("--seeds", default="0,1,2")
     options.add_argument("--share", type=float, default=0.3, help="of the training captions that are exchanged")
     options.add_argument("--steps", type=int, default=120, help="of each training from scratch")
-    options.add_argument("--few", type=int, default=40, metavar="STEPS", help="of the filter that cleans")
-    options.add_argument("--write", type=int, default=80, metavar="STEPS", help="of BLIP's further training to write")
+    options.add_argument("--folds", type=int, default=3, help="filters that clean, each without a fold of the rows")
+    options.add_argument("--write", type=int, default=80, metavar="STEPS",
+                         help="of BLIP's further training to write, and of each of those filters")  # fmt: skip
     options.add_argument("--work", type=Path, default=Path("runs/capfilt"))
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `interlace train` takes")
     options.add_argument("--threads", type=int, default=1)
@@ -212,9 +237,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     source = open_source(given.sources if len(given.sources) > 1 else given.sources[0])
     for seed in map(int, given.seeds.split(",")):
         # a folder belongs to its numbers: other ones make others
-        numbers = f"share{given.share:g}-steps{given.steps}-few{given.few}-write{given.write}"
+        numbers = f"share{given.share:g}-steps{given.steps}-folds{given.folds}-write{given.write}"
         work = given.work / numbers / f"seed{seed}"
-        seeds.append(experiment(source, seed, work, given.share, given.steps, given.few, given.write, given.set))
+        seeds.append(experiment(source, seed, work, given.share, given.steps, given.folds, given.write, given.set))
         report(seeds, given, facts, source)
     return {"seeds": seeds}
 
@@ -225,14 +250,14 @@ def report(seeds: list[dict[str, Any]], given: Any, facts: dict[str, Any], sourc
     train_rows, test_rows = len(source.indices("train")), len(source.indices("test"))
     notes = [
         f"{source.name}: {train_rows:,} training pairs, {given.share:.0%} of them exchanged; {test_rows} test pairs; "
-        f"{given.steps} steps of 32 rows, {given.few} of the filter that cleans, {given.write} more of the captioner; "
+        f"{given.steps} steps of 32 rows, {given.write} of each of the {given.folds} filters that clean; "
         f"seeds {', '.join(str(one['seed']) for one in seeds)}; mean, in brackets lowest to highest seed; per cent "
         "but for areas and rows",
     ]
     show("Wrong captions found", FOUND, filters, notes)
     show("Retrieval after learning again", GAINED, gained, notes)
     if given.out:
-        content = {"machine": facts, "share": given.share, "steps": given.steps, "few": given.few,
+        content = {"machine": facts, "share": given.share, "steps": given.steps, "folds": given.folds,
                    "write": given.write}  # fmt: skip
         keep(given.out, {**content, "source": source.name, "train rows": train_rows, "test rows": test_rows,
                          "seeds": seeds})  # fmt: skip

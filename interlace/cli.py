@@ -215,7 +215,7 @@ def bootstrap_captions(args: argparse.Namespace) -> int:
     decision = Decision(args.by, args.threshold, args.labels, args.precision, args.both, args.sheet)
     bootstrap(args.run, source, args.out, captioner=args.captioner, filter=args.filter, finetune=finetune, clean=clean,
               named=named, decision=decision, top_p=args.top_p, max_length=args.max_length, seed=args.seed,
-              batch=args.batch, write=args.write)  # fmt: skip
+              batch=args.batch, write=args.write, folds=args.folds)  # fmt: skip
     return 0
 
 
@@ -449,6 +449,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True,
                      help="train both on from their runs first")  # fmt: skip
     sub.add_argument("--clean", metavar="SOURCE", help="what to fine-tune on (default: the source itself)")
+    sub.add_argument("--folds", type=int, default=0, metavar="K",
+                     help="K filters, each judges only rows that it did not learn from: for tables so small that a "
+                     "filter knows them by heart")  # fmt: skip
     sub.add_argument("--steps", type=int, default=200, help="of each fine-tuning")
     sub.add_argument("--finetune-batch", type=int, default=32)
     sub.add_argument("--lr", type=float, default=1e-4)

@@ -21,7 +21,7 @@ from interlace.layers import Width
 from interlace.model import VLModel
 from interlace.objectives.base import Objective
 from interlace.objectives.mlm import word_table
-from interlace.warm_start import quiet_branches
+from interlace.quiet import quiet_branches
 
 
 @dataclass

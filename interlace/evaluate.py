@@ -27,8 +27,8 @@ from interlace.evaluate_words import (
     listed,
     own_words,
 )
-from interlace.held import MOST_RERANKED, Held, hold, scored, shuffled
-from interlace.run import Run
+from interlace.held import MOST_RERANKED, Held, Score, hold, scored, shuffled
+from interlace.run import Run, chunks
 from interlace.tasks.metrics import (
     Cosine,
     SameGroup,
@@ -61,6 +61,8 @@ def evaluate(run: Run, source: Source, split: str = "test", limit: int = 10_000,
         if len(captioned) > 1:
             result["retrieval" if run.dim else "matching"] = (retrieval if run.dim else matching)(
                 run, held, captioned, blind)  # fmt: skip
+            if run.can_match and held.halves is not None:
+                result["match"] = match_accuracy(run, held, captioned, blind)
         if run.dim:
             result["image_to_image"] = by_category(held.images, held.pairs, source, held.rows, blind)
     if len(source.question_indices(split)):
@@ -129,6 +131,35 @@ def matching(run: Run, held: Held, rows: np.ndarray, blind: bool) -> dict[str, A
     groups = [held.groups[r] for r in rows]
     logits = match_logits(run, held, rows, np.ones((len(rows), len(rows)), bool))
     return two_way(logits, groups, logits[:, shuffled(groups)] if blind else None, held.rows[rows])
+
+
+def match_accuracy(run: Run, held: Held, rows: np.ndarray, blind: bool) -> Score:
+    """Does the text belong to the picture: each row's own text, and one of another group drawn at random; both count
+    half, so that always saying no gives a half. Blind: both beside a picture of a third row."""
+    groups = [held.groups[r] for r in rows]
+    own = np.arange(len(rows))
+    other, third = shuffled(groups), shuffled(groups, seed=1)
+    values = said_right(run, held, rows, own, other, own)
+    dark = said_right(run, held, rows, own, other, third) if blind else None
+    return scored(values, groups, 0.5, None if dark is None else float(dark.mean()), held.rows[rows])
+
+
+@torch.inference_mode()
+def said_right(run: Run, held: Held, rows: np.ndarray, true: np.ndarray, wrong: np.ndarray,
+               beside: np.ndarray) -> np.ndarray:  # fmt: skip
+    """Numbers (N,) of the `rows` whose text is the true one, whose the wrong one, whose picture stands beside both ->
+    (N,): 1 where both were told right, 0.5 where one was."""
+    logits = []
+    for which in (true, wrong):
+        parts = []
+        for places in chunks(range(len(rows)), 64):
+            words = run._words([held.pairs[rows[which[n]]].caption for n in places])
+            half = held.halves.rows(torch.from_numpy(rows[beside[places]]))  # type: ignore[union-attr]
+            fused = run.model.fuse(run.model.half_text(*words), half)
+            out = run.model.heads["match"](fused.pooled_text, fused.pooled_image).float()
+            parts.append((out[:, 1] - out[:, 0]).cpu().numpy())
+        logits.append(np.concatenate(parts))
+    return ((logits[0] > 0).astype(np.float64) + (logits[1] <= 0)) / 2
 
 
 def best(scores: np.ndarray) -> np.ndarray:
@@ -250,6 +281,8 @@ def rows_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     for title, part in ways.items():
         for key, name in (("t2i", "text to image"), ("i2t", "image to text")):
             out += [(f"{name} R@{k}{title}", part[key][f"R@{k}"]) for k in KS if key in part]
+    if "match" in metrics:
+        out.append(("match or not, balanced accuracy", metrics["match"]))
     out += [(f"image to image mAP by {name}", v["mAP"]) for name, v in metrics.get("image_to_image", {}).items()]
     for key, name in (("vqa", "answers"), ("vqa_written", "written answers")):
         if part := metrics.get(key):

@@ -103,6 +103,7 @@ class VLModel(LoadedWhole, PreTrainedModel):
             self.register_buffer("pixel_std", torch.tensor(spec.std).view(3, 1, 1))
         self.frozen: tuple[str, ...] = ()
         self.started: tuple[str, ...] = ()  # parameters that came from a pre-trained part
+        self.anew: tuple[str, ...] = ()  # of a run's model that goes on: parts that the run did not have
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -265,17 +266,23 @@ class VLModel(LoadedWhole, PreTrainedModel):
     # -------------------------------------------------------------------------------------------------- one vector
 
     def alone(self, half: Half, stream: str) -> Tensor:
-        """A stream's vector in the contrast space without the other stream: (B, P), L2-normalised.
-
-        Where the streams first meet after some layers of their own, that is where the half already stands (ALBEF: align
-        before fusing). A stream that meets the other in its very first layer (UNITER's both, BLIP's text) goes on to
-        the end of the schedule with the partner absent.
-        """
+        """A stream's vector in the contrast space without the other stream: (B, P), L2-normalised."""
         if "contrast" not in self.heads:
             raise UserError("this model has no contrast head, so a text or picture alone has no vector; "
                             "train it with the itc objective.")  # fmt: skip
+        return self.contrast.project(self.pooled_alone(half, stream), stream)
+
+    def pooled_alone(self, half: Half, stream: str) -> Tensor:
+        """What the contrast head projects of a stream without the other: (B, D).
+
+        Where the streams first meet after some layers of their own, that is where the half already stands (ALBEF: align
+        before fusing). A stream that meets the other in its very first layer (UNITER's both, BLIP's text) goes on to
+        the end of the schedule with the partner absent; so does every stream of a head that reads the `whole`.
+        """
         states = half.states
-        if self.fuses and not any(stream in layer.changes for layer in self.schedule.layers()[: self.fusion_depth]):
+        whole = getattr(self.contrast, "whole", False)
+        alone = any(stream in layer.changes for layer in self.schedule.layers()[: self.fusion_depth])
+        if self.fuses and (whole or not alone):
             text = stream == "text"
             streams = Streams(states, None) if text else Streams(None, states)
             see = everyone(half.mask, None) if text else everyone(None, half.mask)
@@ -283,7 +290,7 @@ class VLModel(LoadedWhole, PreTrainedModel):
             states = out.text if text else out.image  # type: ignore[assignment]
         pooled = self.pooled(states, half.mask, stream)
         assert pooled is not None
-        return self.contrast.project(pooled, stream)
+        return pooled
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, P), L2-normalised."""

@@ -3,6 +3,7 @@ BERT's kind, grid cells of an image tower stand where the paper has regions and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -27,6 +28,7 @@ from interlace.layers import Width
 from interlace.model import VLModel
 from interlace.objectives.base import Objective
 from interlace.objectives.lm import ends
+from interlace.quiet import quiet_branches
 from interlace.regions.base import RegionSource
 from interlace.weights import Keys, fitting_lines
 
@@ -173,6 +175,35 @@ def start_from(model: nn.Module, tensors: Mapping[str, Tensor], keys: Keys) -> l
     return filled
 
 
+def start_answers(model: VLModel) -> None:
+    """One answer of many is right: an answer head begins there, or the first steps only learn that most are wrong, so
+    loudly that all else the model knew is drowned (Lin et al. 2017, arXiv:1708.02002, section 4.1)."""
+    last = getattr(model.heads["answers"], "out", None) if "answers" in model.heads else None
+    if isinstance(last, nn.Linear) and last.bias is not None:
+        nn.init.constant_(last.bias, -math.log(max(last.out_features - 1, 1)))
+
+
+def spread(model: nn.Module, tensors: dict[str, Tensor], keys: Keys) -> dict[str, Tensor]:
+    """A tower's tensors, its layers as many as the system starts from it: of more, those spread evenly from the first
+    to the last (Sanh et al. 2019, arXiv:1910.01108, section 3). The first ones alone would leave out what makes a
+    sentence of words: of MiniLM's six, CLS after the first four finds a picture half as often as after four spread
+    ones."""
+    state = model.state_dict()
+
+    def number(name: str) -> int:
+        return int(name.split("encoder.layer.")[1].split(".")[0])
+
+    layers = {number(name) for name in tensors if "encoder.layer." in name}
+    used = {number(name) for name in tensors if "encoder.layer." in name
+            and any(ours in state for line in fitting_lines(name, keys) for ours in line.ours)}  # fmt: skip
+    if not used or len(used) == len(layers):
+        return tensors
+    chosen = {round(n * (len(layers) - 1) / max(len(used) - 1, 1)): n for n in range(len(used))}
+    return {name if "encoder.layer." not in name else
+            name.replace(f"encoder.layer.{number(name)}.", f"encoder.layer.{chosen[number(name)]}."): tensor
+            for name, tensor in tensors.items() if "encoder.layer." not in name or number(name) in chosen}  # fmt: skip
+
+
 def build_system(what: Composition, objectives: list[Objective], augment: Augment | None = None,
                  model_class: type[VLModel] = VLModel,
                  regions: RegionSource | None = None) -> tuple[VLModel, Processor]:  # fmt: skip
@@ -187,9 +218,10 @@ def build_system(what: Composition, objectives: list[Objective], augment: Augmen
         if isinstance(config.image, ImageStem):
             cast(Any, model.image).start()
     keys = module.start(config) if hasattr(module, "start") and parts.fits(config.text.width) else {}
-    started = start_from(model, parts.text.model.state_dict(), keys) if keys else []
-    if "answers" in model.heads and hasattr(model.heads["answers"], "start"):
-        cast(Any, model.heads["answers"]).start()
+    started = start_from(model, spread(model, parts.text.model.state_dict(), keys), keys) if keys else []
+    if started:
+        quiet_branches(model, set(started))
+    start_answers(model)
     model.started = tuple(started)
     print(_what_started(what, config, parts, started))
     processor = small_processor(what, config, parts.tokenizer, augment or Augment())
@@ -229,6 +261,8 @@ def asked_heads(config: VLConfig, objectives: list[Objective], module: Any = Non
         if not name:
             continue
         wanted = objective.head_for(config.text, config.image)
+        if name == "contrast":
+            wanted = {**wanted, "whole": True}  # its layers were made to be run through, not to be left half-way
         own = config.heads.get(name)
         if own is None and name == "answers" and hasattr(module, "answers"):
             sizes = {"size": config.text.width.size} if "size" in signature(module.answers).parameters else {}
@@ -273,12 +307,22 @@ def build_from_run(what: Composition, objectives: list[Objective], augment: Augm
     system = before.facts.get("system", "")
     module = PRESETS[system].module if system in PRESETS else None
     config.heads = asked_heads(config, objectives, module)
+    answerer = config.writes is None or config.writes.context == "image"
+    if answerer and any(o.name == "vqa_writes" for o in objectives):  # a decoder of captions reads no questions
+        own = hasattr(module, "answerer")
+        config.writes = module.answerer(config) if own else decoder_asked_for(what, objectives, config.text)  # type: ignore
     model = model_class(config)
-    state = model.state_dict()
-    kept = {name: value for name, value in load_file(before.folder / WEIGHTS).items()
-            if name in state and state[name].shape == value.shape}  # fmt: skip
+    state, stored = model.state_dict(), load_file(before.folder / WEIGHTS)
+    for ours, theirs in getattr(module, "ANSWERER_STARTS", ()):  # parts that begin as copies of others
+        stored |= {ours + name.removeprefix(theirs): value for name, value in stored.items()
+                   if name.startswith(theirs) and ours + name.removeprefix(theirs) not in stored}  # fmt: skip
+    kept = {n: value for n, value in stored.items() if n in state and state[n].shape == value.shape}
     model.load_state_dict(kept, strict=False)
+    model.started = tuple(kept)
     fresh = sorted({".".join(name.split(".")[:2]) for name in state if name not in kept})
+    model.anew = tuple(fresh)
+    if "heads.answers" in fresh:
+        start_answers(model)
     print(f"starts from the run {what.start}: {len(kept)} tensors" + (f"; new: {', '.join(fresh)}" if fresh else ""))
     processor = before.processor
     if regions is not None and not processor.regions:

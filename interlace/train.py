@@ -24,6 +24,7 @@ from interlace.data.rows import Source
 from interlace.data.sources import open_source
 from interlace.data.states import States, frozen_states
 from interlace.embed.grid import GridTower
+from interlace.embed.stem import ImageTower
 from interlace.errors import Stopped, UserError, suggest
 from interlace.learner import Learner
 from interlace.memory import choose_micro_batch, hold, parse_bytes
@@ -35,7 +36,7 @@ from interlace.run import MARK, Run, save_run, write_json
 from interlace.settings import Settings, TrainSettings
 from interlace.systems import build_from_run, build_system
 from interlace.trainer import CollapseAlarm, VLTrainer
-from interlace.warm_start import MOST, align_regions, align_stems
+from interlace.warm_start import MOST, align_contrast, align_regions, align_stems, start_frequencies
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
@@ -144,7 +145,6 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     states, aligned = _prepare_stems(settings, source, learner, processor)
     regions = stored_regions(settings, source)
     samples = Samples(source, "train", processor, passes, t.seed, states=states, regions=regions)
-    learner.attach(whole, rows)
     out.mkdir(parents=True, exist_ok=True)
     data = describe_data(source) | ({} if regions is None else {"regions": regions.fingerprint})
     _same_data(out, data)
@@ -152,6 +152,8 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         settings.save(out / "config.yaml")
         write_json(out / "data.json", data)
     collate = Collate(processor, states, passes, learner.cells_to_hide(), shape_of(processor))
+    _align_new_contrast(settings, learner, samples, collate)
+    learner.attach(whole, rows)  # a slow copy copies what the model starts as
     if t.memory:
         if t.gradient_checkpointing:
             learner.gradient_checkpointing_enable()
@@ -181,14 +183,15 @@ def _align_system(settings: Settings, source: Source, learner: Learner, processo
                 places.append(place)
             except BadPicture:
                 continue  # counted and listed once training asks for it
-    elif states is not None and states.images is not None and isinstance(learner.image, GridTower):
+    elif states is not None and states.images is not None and isinstance(learner.image, GridTower | ImageTower):
         places = [n for n in range(len(rows)) if n not in states.unreadable]
         means = [states.images[n].astype(np.float32).mean((0, 1)) for n in places]
     else:
         return
     strength = align_regions(learner, np.stack(means), places, source, processor) if means else None
     if strength is not None:
-        print(f"regions start in the space of the words: ridge regression, strength {strength:g} by cross-validation")
+        what = "cells" if isinstance(learner.image, ImageTower) else "regions"
+        print(f"{what} start in the space of the words: ridge regression, strength {strength:g} by cross-validation")
 
 
 def stored_regions(settings: Settings, source: Source) -> RegionSource | None:
@@ -211,23 +214,39 @@ def shape_of(processor: Processor) -> tuple[int, bool]:
     return processor.regions.get("boxes", 4), processor.regions.get("whole", False)
 
 
+ALIGNED = ("text.project.", "image.project.", "heads.contrast.")  # what `align_stems` leaves in its place
+
+
 def _prepare_stems(settings: Settings, source: Source, learner: Learner,
-                   processor: Processor) -> tuple[States | None, bool]:  # fmt: skip
-    """What frozen towers say, and whether the projections over them now start aligned."""
+                   processor: Processor) -> tuple[States | None, tuple[str, ...]]:  # fmt: skip
+    """What frozen towers say, and the names that parameters begin with which now start aligned over them."""
     states = frozen_states(learner, processor, source, "train", settings.data.views, settings.data.keep_states_gb * 1e9)
     if not settings.model.align or settings.model.start:
-        return states, False
+        return states, ()
     if settings.model.system:
         _align_system(settings, source, learner, processor, states)
-        return states, False
+        start_frequencies(learner, source, processor)
+        return states, ()
     if states is None:
-        return states, False
+        return states, ()
     strength = align_stems(learner, states, source)
     if strength is None:
         print("stems start unaligned: both towers must be frozen, over at least 20 groups of captions")
     else:
         print(f"stems start aligned: ridge regression, strength {strength:g} by cross-validation")
-    return states, strength is not None
+    return states, () if strength is None else ALIGNED
+
+
+def _align_new_contrast(settings: Settings, learner: Learner, samples: Samples, collate: Collate) -> None:
+    """A system's contrast head, where it did not come with the run that is gone on from. It learns at the rate of all
+    that is new, and not at that of aligned stems: the layers under it move."""
+    new = "heads.contrast" in learner.anew if settings.model.start else bool(settings.model.system)
+    if not (settings.model.align and new and "contrast" in learner.heads):
+        return
+    strength = align_contrast(learner, samples, collate)
+    if strength is None:
+        return
+    print(f"contrast starts aligned: ridge regression, strength {strength:g} by cross-validation")
 
 
 def make_learner(settings: Settings, passes: list[Pass]) -> tuple[Learner, Processor]:

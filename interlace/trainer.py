@@ -33,9 +33,10 @@ class VLTrainer(SafeTrainer):
     objectives that compare all rows of an optimiser step or keep something beside the model, and pictures of a large
     batch that are read again instead of held."""
 
-    def __init__(self, *args: Any, learner: Learner, settings: Settings, aligned: bool = False, hold: float = 2e9,
-                 **kwargs: Any):  # fmt: skip
-        """`hold`: bytes of pictures of one optimiser step that may stay in main memory."""
+    def __init__(self, *args: Any, learner: Learner, settings: Settings, aligned: tuple[str, ...] = (),
+                 hold: float = 2e9, **kwargs: Any):  # fmt: skip
+        """`aligned`: what names of parameters begin with that start aligned. `hold`: bytes of pictures of one optimiser
+        step that may stay in main memory."""
         super().__init__(*args, model=learner, **kwargs)
         self.learner, self.settings = learner, settings
         self.skipped: dict[str, str] = {}
@@ -65,7 +66,7 @@ class VLTrainer(SafeTrainer):
                     rate = t.text_lr
                 elif name.startswith("image.tower."):
                     rate = t.image_lr
-                elif self.aligned and name.startswith(("text.project.", "image.project.", "heads.contrast.")):
+                elif name.startswith(self.aligned):
                     rate = t.aligned_lr
                 elif name in started and t.start_lr:
                     rate = t.start_lr

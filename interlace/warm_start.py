@@ -8,6 +8,10 @@ learned.
 
 Because W is linear and a picture's vector is the mean over its cells, single cells land in the words' space too, which
 is where the fusion layers compare them.
+
+Systems have no stems to align. Their picture parts are mapped into the space of the words (`align_regions`), and their
+contrast head, if they are given one, starts as the same two maps between what their own layers make of a text alone and
+of a picture alone (`align_contrast`).
 """
 
 from __future__ import annotations
@@ -18,28 +22,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from interlace.bars import bar
 from interlace.embed.grid import GridTower
 from interlace.embed.stem import ImageTower, TextTower
-from interlace.layers import Attend, FeedForward
+from interlace.objectives.base import Views
 from interlace.objectives.mlm import word_table
 from interlace.tasks.baselines import ridge_alignment
 
 if TYPE_CHECKING:
+    from interlace.data.batches import Collate, Samples
     from interlace.data.processor import Processor
     from interlace.data.rows import Source
     from interlace.data.states import States
+    from interlace.learner import Learner
     from interlace.model import VLModel
 
 MOST = 20_000  # pairs the map is fitted on
-
-
-def quiet_branches(module: nn.Module) -> None:
-    """Every residual branch of these layers starts by adding nothing."""
-    for part in module.modules():
-        last = part.out if isinstance(part, Attend) else part.down if isinstance(part, FeedForward) else None
-        if last is not None:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
 
 
 @torch.no_grad()
@@ -71,15 +69,20 @@ def align_stems(model: VLModel, states: States, source: Source, split: str = "tr
     project.bias.copy_(-weight @ torch.from_numpy(mean_text))
     target = (texts - mean_text) @ weight.numpy().T  # (N, D)
 
-    x = (pictures - mean_picture).astype(np.float64)
-    gram = x.T @ x
-    solved = np.linalg.solve(gram + strength * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ target)  # (C, D)
-    # as long as the words' vectors: ridge shrinks what it cannot predict, and a shrunken stream would speak softly
-    solved *= float(np.linalg.norm(target)) / max(float(np.linalg.norm(x @ solved)), 1e-12)
+    solved = _ridge(pictures - mean_picture, target, strength)  # (C, D)
     image = cast(ImageTower, model.image).project
     image.weight.copy_(torch.from_numpy(solved.T.astype(np.float32)))
     image.bias.copy_(-image.weight @ torch.from_numpy(mean_picture))
     return float(strength)
+
+
+def _ridge(x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
+    """Centred x (N, C), y (N, D) -> (C, D), scaled so that what it predicts is as long as y: ridge shrinks what it
+    cannot predict, and a shrunken stream would speak softly."""
+    x = x.astype(np.float64)
+    gram = x.T @ x
+    solved = np.linalg.solve(gram + strength * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ y)
+    return solved * float(np.linalg.norm(y)) / max(float(np.linalg.norm(x @ solved)), 1e-12)
 
 
 def _sentence(states: States, text: str) -> np.ndarray:
@@ -118,17 +121,100 @@ def align_regions(model: VLModel, means: np.ndarray, places: list[int], source: 
         texts.append((vectors.sum(1) / plain.sum(1).clamp(min=1).to(table.device)).float().cpu().numpy())
     words, pictures = np.concatenate(texts), means[chosen].astype(np.float32)
     strength = ridge_alignment(pictures, words, pictures[:1], words[:1], groups=groups, seed=seed).chosen
-    x, y = (pictures - pictures.mean(0)).astype(np.float64), words - words.mean(0)
-    gram = x.T @ x
-    solved = np.linalg.solve(gram + strength * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ y)  # (F, D)
-    solved *= float(np.linalg.norm(y)) / max(float(np.linalg.norm(x @ solved)), 1e-12)
+    solved = _ridge(pictures - pictures.mean(0), words - words.mean(0), strength)  # (F, D)
     weight.copy_(torch.from_numpy(solved.T.astype(np.float32)))
     bias.copy_(torch.from_numpy((words.mean(0) - pictures.mean(0) @ solved).astype(np.float32)))
     return float(strength)
 
 
+@torch.no_grad()
+def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: int = 64,
+                   seed: int = 0) -> float | None:  # fmt: skip
+    """The contrast head begins as the closed form between the two vectors it reads: the text side as the principal
+    directions of the captions' pooled vectors, the image side as the ridge regression of those on the pictures'. A
+    system's pooled vectors have nothing to do with each other at first, and contrast over a thousand pairs takes
+    hundreds of steps to find what one linear equation says.
+
+    Returns the ridge strength chosen by cross-validation over groups; None for a head without two linear projections,
+    with fewer than 20 groups of captions, or where all pictures have one vector.
+    """
+    head = learner.heads["contrast"]
+    text_side, image_side = getattr(head, "text", None), getattr(head, "image", None)
+    if not (isinstance(text_side, nn.Linear) and isinstance(image_side, nn.Linear)):
+        return None
+    places = np.arange(len(samples))
+    if len(places) > MOST:
+        places = np.sort(np.random.default_rng(seed).choice(places, MOST, replace=False))
+    texts, pictures, groups = [], [], []
+    learning = learner.training
+    learner.eval()
+    for at in bar(range(0, len(places), batch), desc="contrast, start", unit="batch", mininterval=1):
+        given = collate([samples[(0, int(place))] for place in places[at : at + batch]])
+        given = {k: v.to(learner.device) for k, v in given.items() if isinstance(v, torch.Tensor)}
+        views, real = Views(learner, given), given["caption_real"]
+        texts.append(learner.pooled_alone(views.text("caption"), "text")[real].float().cpu().numpy())
+        pictures.append(learner.pooled_alone(views.image(), "image")[real].float().cpu().numpy())
+        groups += given["group"][real].tolist()
+    learner.train(learning)
+    if len(set(groups)) < 20:
+        return None
+    y, x = np.concatenate(texts), np.concatenate(pictures)  # (N, Dt), (N, Di)
+    if min(x.std(0).max(), y.std(0).max()) < 1e-6:  # a part that says the same of everything, as VL-BERT's at first
+        return None
+    strength = ridge_alignment(x, y, x[:1], y[:1], groups=groups, seed=seed).chosen
+    away_y, away_x = _away_from_mean(y, text_side), _away_from_mean(x, image_side)
+    y0, x0 = (y - y.mean(0)) @ away_y, (x - x.mean(0)) @ away_x
+    _, _, directions = np.linalg.svd(y0, full_matrices=True)
+    wide = min(text_side.out_features, text_side.in_features)
+    text_side.weight.zero_()
+    text_side.weight[:wide] = torch.from_numpy((directions[:wide] @ away_y).astype(np.float32))
+    target = y0 @ text_side.weight.cpu().numpy().T  # (N, P)
+    image_side.weight.copy_(torch.from_numpy((away_x @ _ridge(x0, target, strength)).T.astype(np.float32)))
+    for side, mean in ((text_side, y.mean(0)), (image_side, x.mean(0))):
+        if side.bias is not None:
+            side.bias.copy_(-side.weight @ torch.from_numpy(mean).to(side.weight))
+    return float(strength)
+
+
+def _away_from_mean(vectors: np.ndarray, side: nn.Linear) -> np.ndarray:
+    """(N, D) -> (D, D): what takes the mean out of vectors. A projection with a bias subtracts it; one without can only
+    be blind to its direction."""
+    mean = vectors.mean(0).astype(np.float64)
+    if side.bias is not None:
+        return np.eye(len(mean))
+    return np.eye(len(mean)) - np.outer(mean, mean) / max(float(mean @ mean), 1e-12)
+
+
+@torch.no_grad()
+def start_frequencies(learner: Learner, source: Source, processor: Processor, split: str = "train") -> int:
+    """The biases of untrained word heads, of hidden words and of a decoder, begin at the log frequencies of the
+    captions' words, each counted once more than it occurs: else hundreds of steps only learn which words there are.
+    Returns how many captions were counted."""
+    biases = [bias for name, bias in learner.named_parameters() if name in WORD_BIASES and not bias.any()]
+    rows, captions = np.asarray(source.indices(split)), source.captions().to_pylist()
+    said = [captions[row] for row in rows[: 10 * MOST] if captions[row].strip()]
+    if not biases or not said:
+        return 0
+    counts = torch.zeros(max(len(bias) for bias in biases), dtype=torch.float64)
+    for at in range(0, len(said), 256):
+        tokens = processor.tokens(said[at : at + 256])
+        counts += torch.bincount(tokens["text_ids"][tokens["text_words"] >= 0].flatten(), minlength=len(counts))
+    if processor.tokenizer.sep_token_id is not None:
+        counts[processor.tokenizer.sep_token_id] += len(said)  # what a text ends with is written once a caption
+    for bias in biases:
+        shares = (counts[: len(bias)] + 1) / (counts[: len(bias)] + 1).sum()
+        bias.copy_(shares.log() - shares.log().mean())
+    return len(said)
+
+
+WORD_BIASES = ("heads.mlm.bias", "heads.mlm.out.bias", "decoder.head.bias")
+
+
 def feature_projection(model: VLModel) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Weight (D, F) and bias (D,) of what maps a region's feature into the model; views of the parameters."""
+    """Weight (D, F) and bias (D,) of what maps a region's feature, or a cell of a tower, into the model; views of the
+    parameters."""
+    if isinstance(model.image, ImageTower):
+        return model.image.project.weight, model.image.project.bias
     regions = model.image.regions if isinstance(model.image, GridTower) else model.image
     linear = getattr(regions, "features", None)
     return (linear.weight, linear.bias) if isinstance(linear, nn.Linear) else None

@@ -27,9 +27,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from interlace.bars import bar
-from interlace.bootstrap.models import Finetune, check_captioner, check_filter, finetuned
+from interlace.bootstrap.folds import Filters
+from interlace.bootstrap.judge import Judge
+from interlace.bootstrap.models import Finetune, check_captioner, check_filter, filter_of_fold, finetuned
 from interlace.bootstrap.parts import Parts
-from interlace.bootstrap.score import Judge, batches
+from interlace.bootstrap.score import batches
 from interlace.bootstrap.sheet import write_sheet
 from interlace.bootstrap.table import Table
 from interlace.bootstrap.threshold import POOR, Decision, fit
@@ -85,7 +87,7 @@ def bootstrap(run: str | Path, source: Source, out: str | Path, *, captioner: st
               filter: str | Path = "", finetune: Finetune | None = None, clean: Source | None = None,
               named: dict[str, Any] | None = None, decision: Decision | None = None, top_p: float = 0.9,
               max_length: int = 0, seed: int = 0, batch: int = 32, write: bool = True,
-              progress: bool = True) -> Report:  # fmt: skip
+              folds: int = 0, progress: bool = True) -> Report:  # fmt: skip
     """Writes `source` to the folder `out` with the captions of its training split judged, replaced or left out.
 
     From the run (with contrast, match and a decoder) a captioner and a filter are fine-tuned on `clean`, else on the
@@ -96,7 +98,9 @@ def bootstrap(run: str | Path, source: Source, out: str | Path, *, captioner: st
     questions of the others stay.
 
     A kill costs a batch: the same call goes on. Once the scores are there, another `decision` is a matter of seconds.
-    `write` False: nothing is written, texts are kept or left out; then no run has to write.
+    `write` False: nothing is written, texts are kept or left out; then no run has to write. `folds`: so many filters,
+    each of the filter run's parts and trained on the other folds' rows for `finetune.steps`, judge the rows they did
+    not learn from.
     `named`: keys of `data` for the configs of the fine-tuned runs (source, columns, pictures).
 
     Raises UserError: a run without a part it needs, no captions in the training split, a folder with another plan, a
@@ -118,22 +122,31 @@ def bootstrap(run: str | Path, source: Source, out: str | Path, *, captioner: st
     if write:
         check_captioner(runs["captioner"])
     check_filter(runs["filter"], decision.by)
+    if folds and (folds == 1 or folds < 0 or finetune is None or clean is not None):
+        raise UserError("folds: 2 or more filters, each trained on the rows of the others' folds, so with fine-tuning "
+                        f"and without --clean; got {folds}.")  # fmt: skip
     learnt_from = clean or source
     plan = {"source": source.fingerprint, "captioner": runs["captioner"].fingerprint if write else "",
             "filter": runs["filter"].fingerprint, "finetune": asdict(finetune) if finetune else None,
             "learnt_from": learnt_from.fingerprint if finetune else "", "top_p": top_p, "max_length": max_length,
-            "seed": seed, "batch": batch}  # fmt: skip
+            "seed": seed, "batch": batch, "folds": folds}  # fmt: skip
     with _held(folder):
         _same_plan(folder, plan)
         report = _finished(folder, decision)
         if report is None:
+            names = named or {"source": learnt_from.name}
             if finetune is not None:
-                for role in runs:
-                    where = finetuned(runs[role], role, learnt_from, named or {"source": learnt_from.name},
-                                      folder / WORK / role, finetune, seed)  # fmt: skip
+                for role in runs if not folds else [role for role in runs if role != "filter"]:
+                    where = finetuned(runs[role], role, learnt_from, names, folder / WORK / role, finetune,
+                                      seed)  # fmt: skip
                     runs[role] = Run.load(where)
-            parts = _scored(folder, source, runs, plan, progress)
-            report = _decide(folder, source, runs, parts, decision, batch, progress)
+            filters = Filters(source, [runs["filter"]])
+            if folds and finetune is not None:
+                each = [filter_of_fold(runs["filter"], source, n, folds, names, folder / WORK / f"filter-{n + 1}",
+                                       finetune, seed) for n in range(folds)]  # fmt: skip
+                filters = Filters(source, [Run.load(one) for one in each])
+            parts = _scored(folder, source, runs, filters, plan, progress)
+            report = _decide(folder, source, runs, filters, parts, decision, batch, progress)
     if progress:
         print("\n".join(report.lines()))
     return report
@@ -196,12 +209,13 @@ def _finished(folder: Path, decision: Decision) -> Report | None:
 # ------------------------------------------------------------------------------------------------------- the scores
 
 
-def _scored(folder: Path, source: Source, runs: dict[str, Run], plan: dict[str, Any], progress: bool) -> Parts:
+def _scored(folder: Path, source: Source, runs: dict[str, Run], filters: Filters, plan: dict[str, Any],
+            progress: bool) -> Parts:  # fmt: skip
     rows = source.indices(SPLIT).tolist()
     parts = Parts(folder / WORK / PARTS, len(rows), plan["batch"])
     if parts.done == len(rows):
         return parts
-    judge = Judge(runs.get("captioner"), runs["filter"], source, plan["seed"], plan["top_p"], plan["max_length"])
+    judge = Judge(runs.get("captioner"), filters, source, plan["seed"], plan["top_p"], plan["max_length"])
     bad = sum("bad" in line for line in parts)
     doing = "writing and judging" if "captioner" in runs else "judging"
     with bar(total=len(rows), initial=parts.done, unit=" pictures", desc=doing, smoothing=0.05,
@@ -244,9 +258,9 @@ def doubt(line: dict[str, Any], by: str, threshold: float) -> float:
     return min(far, default=float("inf"))
 
 
-def _decide(folder: Path, source: Source, runs: dict[str, Run], parts: Parts, decision: Decision, batch: int,
-            progress: bool) -> Report:  # fmt: skip
-    found = fit(runs["filter"], source, decision, batch)
+def _decide(folder: Path, source: Source, runs: dict[str, Run], filters: Filters, parts: Parts, decision: Decision,
+            batch: int, progress: bool) -> Report:  # fmt: skip
+    found = fit(filters, source, decision, batch)
     by, threshold = found["by"], found["threshold"]
     counts = _counted(source, parts, by, threshold)
     # from here on the table is not the old one any more, and not yet the new one

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from interlace.bootstrap.folds import without
 from interlace.data.rows import Source
 from interlace.errors import UserError
 from interlace.run import MARK, Run
@@ -49,6 +50,29 @@ def finetuned(run: Run, role: str, source: Source, named: dict[str, Any], out: P
     if (out / MARK).is_file():  # of the same plan, or the folder would have been refused
         return out
     return train(settings_for(run, role, named, out, how, seed), source=source)
+
+
+def filter_of_fold(run: Run, source: Source, fold: int, folds: int, named: dict[str, Any], out: Path, how: Finetune,
+                   seed: int) -> Path:  # fmt: skip
+    """A filter that never saw a fold of the source's rows: of the run's parts and at its rates, but not from its
+    weights, which may know all of them. Raises UserError for a run that was made without a config."""
+    from interlace.train import train
+
+    if (out / MARK).is_file():
+        return out
+    before = _config(run.folder)
+    if "model" not in before:
+        raise UserError(f"the run in {run.folder} has no config.yaml, so no filter of its kind can be trained: leave "
+                        "--folds out, or name another run with --filter.")  # fmt: skip
+    settings = settings_for(run, "filter", named, out, how, seed)
+    for key, value in before["model"].items():  # `start` too: what it went on from
+        setattr(settings.model, key, value)
+    for key in ("lr", "start_lr", "aligned_lr", "text_lr", "image_lr", "freeze", "weight_decay", "bf16"):
+        if key in before.get("train", {}):
+            setattr(settings.train, key, before["train"][key])
+    # hard negatives are too hard for a model that begins
+    settings.passes = [{**({"itc": {}} if run.dim else {}), "itm": {"negatives": "drawn"}}]
+    return train(settings, source=without(source, fold, folds))
 
 
 def settings_for(run: Run, role: str, named: dict[str, Any], out: Path, how: Finetune, seed: int) -> Settings:

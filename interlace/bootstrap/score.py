@@ -1,4 +1,4 @@
-"""Pictures with the texts that may belong to them -> what the captioner writes and what the filter says."""
+"""Pictures with the texts that may belong to them -> what a filter says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from interlace.bootstrap.captions import sampled
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.rows import Source
 from interlace.model import Half
@@ -69,43 +68,6 @@ def scores(run: Run, image: Half, texts: Sequence[str], of: Sequence[int]) -> li
     for n, m, c in zip(some, match, cosine):
         out[n] = round(m, DIGITS), None if c is None else round(c, DIGITS)
     return out
-
-
-class Judge:
-    """Both models over a batch of rows: a line for each, as it is kept. Without a captioner nothing is written."""
-
-    def __init__(self, captioner: Run | None, filter_: Run, source: Source, seed: int, top_p: float, max_length: int):
-        self.captioner, self.filter, self.source = captioner, filter_, source
-        self.seed, self.top_p, self.max_length = seed, top_p, max_length
-
-    @property
-    def side(self) -> int:
-        """Pixels of the shortest side that the larger of the two models sees."""
-        return max(run.picture_size for run in (self.captioner, self.filter) if run is not None)
-
-    @torch.inference_mode()
-    def lines(self, batch: list[tuple[int, Any]]) -> list[dict[str, Any]]:
-        """Rows and their pictures -> {"row", "id", "web", "synthetic", "match_web", ...}, or {"row", "id", "bad"}."""
-        good = [(row, picture) for row, picture in batch if not isinstance(picture, BadPicture)]
-        pairs = {row: self.source.pair(row) for row, _ in batch}
-        said: dict[int, dict[str, Any]] = {}
-        if good:
-            pictures = [picture for _, picture in good]
-            seen = self.filter.half_image(pictures)
-            synthetic = [""] * len(good)
-            if self.captioner is not None:
-                read = seen if self.captioner is self.filter else self.captioner.half_image(pictures)
-                synthetic = sampled(self.captioner, read, [pairs[row].id for row, _ in good], self.seed, self.top_p,
-                                    self.max_length)  # fmt: skip
-            web = [pairs[row].caption for row, _ in good]
-            places = list(range(len(good)))
-            found = scores(self.filter, seen, [*web, *synthetic], [*places, *places])
-            for n, (row, _) in enumerate(good):
-                (a, b), (c, d) = found[n], found[len(good) + n]
-                said[row] = {"web": web[n], "synthetic": synthetic[n], "match_web": a, "cosine_web": b,
-                             "match_synthetic": c, "cosine_synthetic": d}  # fmt: skip
-        return [{"row": row, "id": pairs[row].id, **(said.get(row) or {"bad": picture.reason})}
-                for row, picture in batch]
 
 
 def score_pairs(run: Run, source: Source, texts: dict[int, list[str]],

@@ -9,11 +9,10 @@ import numpy as np
 
 from interlace.bars import bar
 from interlace.bootstrap.corrupt import clusters, exchanged
-from interlace.bootstrap.score import score_pairs
+from interlace.bootstrap.folds import Filters
 from interlace.data.rows import Source
 from interlace.errors import UserError, suggest
 from interlace.held import sample_rows
-from interlace.run import Run
 
 FEWEST = 10  # pairs of each kind, below which no threshold is worth fitting
 MOST = 2000  # pairs that are looked at
@@ -91,7 +90,7 @@ def held_out(source: Source) -> list[tuple[int, list[str], list[bool]]]:
     return [(int(row), [texts[n], texts[other[n]]], [True, False]) for n, row in enumerate(rows)]
 
 
-def fit(run: Run, source: Source, how: Decision, batch: int) -> dict[str, Any]:
+def fit(filters: Filters, source: Source, how: Decision, batch: int) -> dict[str, Any]:
     """{"threshold", "by", "from", and, where it was fitted: "pairs", "precision", "recall", "balanced_accuracy",
     "auc"}. Raises UserError when the precision asked for is out of reach."""
     if how.threshold is not None:
@@ -101,7 +100,7 @@ def fit(run: Run, source: Source, how: Decision, batch: int) -> dict[str, Any]:
     values: list[float] = []
     true: list[bool] = []
     marks = {row: said for row, _, said in pairs}
-    asked = score_pairs(run, source, {row: texts for row, texts, _ in pairs}, batch)
+    asked = filters.score_pairs({row: texts for row, texts, _ in pairs}, batch)
     for row, found in bar(asked, total=len(pairs), desc="threshold", unit=" pictures", leave=False):
         true += marks[row]
         values += [float(score[how.by == "cosine"] or 0.0) for score in found]

@@ -13,11 +13,14 @@ class Contrast(nn.Module):
     """Both pooled vectors into one space. Radford et al. 2021 (CLIP), section 2.3.
 
     The logit scale starts at ln(1/0.07) and is clamped to [0, ln 100] as in the release. `norm`: the streams arrive
-    without a closing norm (a pre-norm model contrasted before its fusion layers), so norm them here.
+    without a closing norm (a pre-norm model contrasted before its fusion layers), so norm them here. `whole`: what it
+    reads of a stream went through all layers, those that fuse too, with the partner absent (`VLModel.pooled_alone`).
     """
 
-    def __init__(self, text: int, image: int, size: int = 256, temperature: float = 0.07, norm: bool = False):
+    def __init__(self, text: int, image: int, size: int = 256, temperature: float = 0.07, norm: bool = False,
+                 whole: bool = False):  # fmt: skip
         super().__init__()
+        self.whole = whole
         self.norm = nn.ModuleDict({"text": nn.LayerNorm(text), "image": nn.LayerNorm(image)}) if norm else None
         self.text, self.image = nn.Linear(text, size, bias=False), nn.Linear(image, size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))

@@ -99,6 +99,18 @@ def small(parts: Parts) -> VLConfig:
                     heads={"contrast": {**CONTRAST}, "match": MATCH}, writes=write)  # fmt: skip
 
 
+def answerer(config: VLConfig) -> Decoder:
+    """The decoder that a pre-trained model goes on with to write answers: it reads the question and shares nothing."""
+    assert config.writes is not None
+    layers = len(config.segments["fuse"])
+    return Decoder({"answer": [READ] * layers}, "text", (), "", config.writes.start, config.writes.end)
+
+
+# and what its parts start as: the captions' decoder, what that shares with the text encoder, the words
+ANSWERER_STARTS = (("decoder.schedule.answer.", "decoder.schedule.write."),
+                   ("decoder.schedule.answer.", "schedule.fuse."), ("decoder.words.", "text."))  # fmt: skip
+
+
 def full(parts: Parts) -> VLConfig:
     """At the paper's size, ViT-B/16, with the parts' words; their first and last serve for [ENC] and [DEC]."""
     words = {"vocabulary": parts.vocabulary, "pad": parts.tokenizer.pad_token_id, "pool": "first"}

@@ -76,9 +76,9 @@ def lxmert_vqa(answers: int = 3129, **changes: Any) -> VLConfig:
 
 
 def small(parts: Parts) -> VLConfig:
-    """At the size of the parts; grid cells stand for regions. Of the layers the last third crosses."""
-    crossing = max(1, parts.layers // 3)
-    layers = parts.layers - crossing, max(1, crossing), crossing
+    """At the size of the parts; grid cells stand for regions. Beside its 9 language layers the paper has 5 of objects
+    and 5 that cross; here it is a third each, so that the language encoder can be the whole text tower."""
+    layers = parts.layers, max(1, parts.layers // 3), max(1, parts.layers // 3)
     objects, attributes = max(1, parts.classes - 1), 400  # the release's attributes
     return lxmert(parts.words(), parts.grid(LXMERTRegions), layers, objects, attributes, 1)  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from interlace.embed.vilt import ViLTPatches, ViLTWords
 from interlace.heads import HEADS
 from interlace.layers import JOINT, Width, norm
 from interlace.model import Half, VLModel
-from interlace.systems import BERT_WORDS, Parts
+from interlace.systems import BERT_WORDS, Parts, bert_start
 
 
 class Verdict(nn.Module):
@@ -66,7 +66,14 @@ def tiny(**changes: Any) -> VLConfig:
 
 
 def small(parts: Parts) -> VLConfig:
-    """At the size of the parts, from their pixels: no tower reads the picture."""
+    """At the size of the parts. The paper's transformer starts from an ImageNet ViT; here grid cells of the image tower
+    stand where its patches are, and the layers start from the text tower's, if those fit, whose norms stand after the
+    blocks. With `model.image=patches` nothing has seen a picture before: pre-norm as in the paper, random layers."""
+    if parts.image is not None:
+        width = parts.width()
+        return VLConfig(text=parts.words(width=width), image=parts.cells(width),
+                        segments={"joint": [JOINT] * parts.layers},
+                        heads={"mlm": words(parts.vocabulary), "match": MATCH})  # fmt: skip
     width = parts.width(norm="pre", eps=1e-6, attention_dropout=0.0)
     return VLConfig(text=parts.words(ViLTWords, width=width), image=parts.patches(ViLTPatches, width=width),
                     segments={"joint": [JOINT] * parts.layers, "close": [norm(shared=True)]},
@@ -79,8 +86,9 @@ def full(parts: Parts) -> VLConfig:
 
 
 def start(config: VLConfig) -> dict[str, Any]:
-    """BERT's words alone: the paper's layers start from a ViT's, and BERT's would not fit their norms."""
-    return dict(BERT_WORDS)
+    """BERT's words, and its layers where the norms stand as BERT's do; the paper's layers start from a ViT's."""
+    layers = bert_start("schedule.joint.{n}") if config.text.width.norm == "post" else {}
+    return {**BERT_WORDS, **layers}
 
 
 # each task has a forward pass of its own; the losses are summed

@@ -7,7 +7,7 @@ stands beside, and their difference can be tested in pairs (`paired_difference`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,20 +51,13 @@ def mlm_loss(run: Run, source: Source, split: str = "test", image: str = "paired
     """Cross-entropy of hidden words, of each row the mean. `image`: beside them stands their own picture ("paired"),
     that of another group ("random"), or white ("blank"). `rate`: share of the words hidden, at least one; the paper's
     heavy text by default. Rows without a caption are left out. Raises UserError when the run has no word head."""
-    _known(image, IMAGES, "image")
-    _needs(run, "mlm", "mam or mlm")
-    rows = _rows(run, source, split, limit)
-    beside = rows.pictures if image != "random" else [rows.pictures[n] for n in shuffled(rows.groups, seed)]
-    white = Image.new("RGB", (run.processor.size,) * 2, "white")
-    values = []
-    for places in chunks(range(len(rows.pairs)), 32):
-        shown = [white if image == "blank" else _open(beside[n], run) for n in places]
-        tokens = run.processor.tokens([rows.pairs[n].caption for n in places])
-        ids, hidden = tokens["text_ids"], torch.zeros_like(tokens["text_ids"], dtype=torch.bool)
-        for at, n in enumerate(places):
-            hidden[at] = _hide(tokens["text_words"][at] >= 0, rate, rows, n, seed)
-        values.append(word_values(run, ids, tokens["text_mask"], hidden, run.processor.pictures(shown)))
-    return rows.probed(values)
+    return _hidden_words(run, source, split, image, rate, limit, seed, word_values)
+
+
+def mlm_accuracy(run: Run, source: Source, split: str = "test", image: str = "paired", rate: float = 0.8,
+                 limit: int = 2000, seed: int = 0) -> Probed:  # fmt: skip
+    """As `mlm_loss`, but the share of each row's hidden words that are guessed right; the same words are hidden."""
+    return _hidden_words(run, source, split, image, rate, limit, seed, words_right)
 
 
 def recon_loss(run: Run, source: Source, split: str = "test", text: str = "paired", rate: float = 0.8,
@@ -91,13 +84,34 @@ def recon_loss(run: Run, source: Source, split: str = "test", text: str = "paire
     return rows.probed(values)
 
 
+def _hidden_words(run: Run, source: Source, split: str, image: str, rate: float, limit: int, seed: int,
+                  measure: Callable[..., np.ndarray]) -> Probed:  # fmt: skip
+    """`measure`: of a batch's words, mask, hidden places and pixels, a number a row."""
+    _known(image, IMAGES, "image")
+    _needs(run, "mlm", "mam or mlm")
+    rows = _rows(run, source, split, limit)
+    beside = rows.pictures if image != "random" else [rows.pictures[n] for n in shuffled(rows.groups, seed)]
+    white = Image.new("RGB", (run.processor.size,) * 2, "white")
+    values = []
+    for places in chunks(range(len(rows.pairs)), 32):
+        shown = [white if image == "blank" else _open(beside[n], run) for n in places]
+        tokens = run.processor.tokens([rows.pairs[n].caption for n in places])
+        ids, hidden = tokens["text_ids"], torch.zeros_like(tokens["text_ids"], dtype=torch.bool)
+        for at, n in enumerate(places):
+            hidden[at] = _hide(tokens["text_words"][at] >= 0, rate, rows, n, seed)
+        values.append(measure(run, ids, tokens["text_mask"], hidden, run.processor.pictures(shown)))
+    return rows.probed(values)
+
+
 def probe(run: Run, source: Source, split: str = "test", rate: float = 0.8, limit: int = 2000,
           seed: int = 0) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Both probes, as far as the run's heads allow: {"mlm_loss": {"paired": {"value", "low", "high", "rows"}, "random":
-    {..., "difference", "difference_low", "difference_high", "p"}, "blank": ...}, "recon_loss": ...}. A difference is
-    that condition minus paired, on the same rows; above 0: the true partner helps."""
+    {..., "difference", "difference_low", "difference_high", "p"}, "blank": ...}, "mlm_accuracy": ..., "recon_loss":
+    ...}. A difference is that condition minus paired, on the same rows: above 0 of a loss, below 0 of the accuracy, and
+    the true partner helps."""
     out: dict[str, dict[str, Any]] = {}
     for name, head, measure, conditions in (("mlm_loss", "mlm", mlm_loss, IMAGES),
+                                            ("mlm_accuracy", "mlm", mlm_accuracy, IMAGES),
                                             ("recon_loss", "pixels", recon_loss, TEXTS)):  # fmt: skip
         if head not in run.model.heads:
             continue
@@ -129,14 +143,32 @@ def _plain(one: Probed, paired: Probed | None) -> dict[str, float]:
 def word_values(run: Run, ids: Tensor, mask: Tensor, hidden: Tensor, pixels: Tensor) -> np.ndarray:
     """Whole words (B, T), their mask, which are hidden (B, T) bool, and pixels (B, 3, S, S) -> (B,): the mean
     cross-entropy of each row's hidden words, nan where none is."""
+    logits, target = _guesses(run, ids, mask, hidden, pixels)
+    return _by_row(F.cross_entropy(logits, target, reduction="none"), hidden)
+
+
+@torch.inference_mode()
+def words_right(run: Run, ids: Tensor, mask: Tensor, hidden: Tensor, pixels: Tensor) -> np.ndarray:
+    """The same -> (B,): the share of each row's hidden words that come first."""
+    logits, target = _guesses(run, ids, mask, hidden, pixels)
+    return _by_row((logits.argmax(-1) == target).float(), hidden)
+
+
+def _guesses(run: Run, ids: Tensor, mask: Tensor, hidden: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) of the n hidden places, row by row, and what stood there (n,)."""
     model, device = run.model, run.model.device
     ids, mask, hidden = ids.to(device), mask.to(device), hidden.to(device)
     text = model.half_text(ids.masked_fill(hidden, run.processor.mask_id), mask)
     states = model.fuse(text, model.half_image(pixels.to(device))).text
     assert states is not None
-    losses = F.cross_entropy(word_logits(model, states[hidden]), ids[hidden], reduction="none")
-    per_row = torch.zeros(ids.shape, device=device).masked_scatter_(hidden, losses).sum(1) / hidden.sum(1)  # 0/0 = nan
-    return per_row.double().cpu().numpy()
+    return word_logits(model, states[hidden]), ids[hidden]
+
+
+def _by_row(values: Tensor, hidden: Tensor) -> np.ndarray:
+    """(n,), (B, T) bool -> (B,), the mean of each row's; nan where nothing is hidden."""
+    hidden = hidden.to(values.device)
+    placed = torch.zeros(hidden.shape, device=values.device).masked_scatter_(hidden, values)
+    return (placed.sum(1) / hidden.sum(1)).double().cpu().numpy()  # 0/0 = nan
 
 
 @torch.inference_mode()

@@ -1,0 +1,313 @@
+"""What the small recipe of every system learns from the sample pictures, and what its pre-training is worth.
+
+    python -m bench.systems --seeds 0,1
+    python -m bench.systems uniter blip --seeds 0 --pages docs
+
+For each system and seed: its recipe SYSTEM-small; then the recipe `finetune` twice, from that run and from the same
+parts without it (text and image towers as they ship): same steps, same seed, same rows. Where the system writes, the
+recipes `finetune-captions` and `finetune-answers` likewise. Everything is scored on the test split, in one gallery of
+all sources.
+
+hidden words   40% hidden, share guessed right beside the own picture / another row's / a white one; and how much more
+               they cost (cross-entropy) beside another's than beside the own
+match          balanced accuracy of "does this text belong here" over each row's own text and one of another group
+R@1            text to image and image to text, by vectors and re-ranked by matching; times chance beside it
+probes         loss of hidden words beside the own, another, a white picture; of hidden pictures beside the own,
+               another, no text (MLIM)
+
+With and without pre-training are compared query by query: mean difference, 95% interval and p over groups of rows,
+scores averaged over the seeds. What is finished is found again: the command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from bench.common import keep, machine, parser
+from bench.pages import onto_page
+from interlace.card import read_log
+from interlace.compare import load_kept, paired, save_kept
+from interlace.data.rows import Source
+from interlace.data.sources import open_source
+from interlace.evaluate import evaluate, markdown, rows_of
+from interlace.held import Kept, Score
+from interlace.presets import PRESETS
+from interlace.run import MARK, Run, write_json
+from interlace.settings import Settings, load_settings
+from interlace.tasks.probes import probe
+from interlace.train import train
+
+HIDDEN = {"mlim": 0.8}  # share of words, or of the picture, hidden in the probes; the paper's heavy rate
+FINETUNED = ("finetune",)
+WRITES = {"blip": ("finetune-captions", "finetune-answers"), "vision_encoder_decoder": ("finetune-captions",)}
+ONLY_WRITES = ("vision_encoder_decoder",)
+KINDS = {"finetune": "retrieval and answers", "finetune-captions": "captions", "finetune-answers": "written answers"}
+HEADLINES = ("text to image R@1", "image to text R@1", "text to image R@1 re-ranked top 20",
+             "image to text R@1 re-ranked top 20", "match or not, balanced accuracy", "answers, accuracy",
+             "captions, CIDEr", "written answers, accuracy")  # fmt: skip
+
+
+def recipes_of(system: str) -> tuple[str, ...]:
+    return () if system in ONLY_WRITES else FINETUNED
+
+
+def measure(system: str, seed: int, source: Source, work: Path, more: list[str]) -> dict[str, Any]:
+    """Trains and scores what is not there yet: {"pretrained": scores, "finetune": {"after", "without"}, ...}."""
+    folder = work / f"{system}-{seed}"
+    small = load_settings(f"{system}-small", [f"train.seed={seed}", f"train.out={folder / 'pretrained'}",
+                                              "train.evaluate=false", *more])  # fmt: skip
+    found: dict[str, Any] = {"pretrained": scored(small, source, probes=HIDDEN.get(system, 0.4))}
+    for recipe in (*recipes_of(system), *WRITES.get(system, ())):
+        tuned = load_settings(recipe, [f"train.seed={seed}", "train.evaluate=false", *more])
+        found[recipe] = {
+            "after": scored(from_run(tuned, folder / "pretrained", folder / f"{recipe}-after"), source),
+            "without": scored(from_parts(tuned, small, folder / f"{recipe}-without"), source),
+        }
+    return found
+
+
+def from_run(tuned: Settings, start: Path, out: Path) -> Settings:
+    settings = copy.deepcopy(tuned)
+    settings.model.start, settings.train.out = str(start), str(out)
+    return settings
+
+
+def from_parts(tuned: Settings, small: Settings, out: Path) -> Settings:
+    """The same fine-tuning of the model that the small recipe began with."""
+    settings = copy.deepcopy(tuned)
+    settings.model, settings.train.out = copy.deepcopy(small.model), str(out)
+    return settings
+
+
+def scored(settings: Settings, source: Source, probes: float = 0) -> dict[str, Any]:
+    """The run's scores on the test split, kept in its folder with the value of each query."""
+    out = Path(settings.train.out)
+    file = out / "bench.json"
+    if not file.is_file():
+        train(settings)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        run = Run.load(out)
+        metrics = evaluate(run, source, "test")
+        kept = {(source.name, name): score.kept for name, score in rows_of(metrics)
+                if isinstance(score, Score) and score.kept}  # fmt: skip
+        save_kept(out / "bench.npz", kept)
+        facts = json.loads((out / MARK).read_text())
+        content = {"seconds": facts["train_seconds"], "steps": facts["steps"], "parameters": facts["parameters"],
+                   "scores": dict(rows_of(metrics)), "table": markdown(metrics)}  # fmt: skip
+        if probes:
+            content["probes"] = probe(run, source, rate=probes)
+        write_json(file, content)
+    return json.loads(file.read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def gain(work: Path, system: str, recipe: str, measure_: str, seeds: list[int], source: str) -> dict[str, Any] | None:
+    """After pre-training minus without, on the same queries."""
+    pairs: list[tuple[Kept, Kept]] = []
+    for seed in seeds:
+        folder = work / f"{system}-{seed}"
+        both = [load_kept(folder / f"{recipe}-{which}" / "bench.npz") for which in ("after", "without")]
+        if any((source, measure_) not in one for one in both):
+            return None
+        pairs.append((both[0][source, measure_], both[1][source, measure_]))
+    difference, by_seed = paired(pairs)
+    if difference is None:
+        return None
+    return {"mean": difference.mean, "low": difference.low, "high": difference.high, "p": difference.p,
+            "by seed": by_seed}  # fmt: skip
+
+
+def per_cent(values: list[float]) -> str:
+    """ "41.2 [38 to 44]": mean, lowest and highest seed."""
+    spread = f" [{100 * min(values):.0f} to {100 * max(values):.0f}]" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
+
+
+def learnt(results: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """Markdown: what each pre-training has learnt."""
+    lines = ["| system | seeds | minutes | hidden words right: own picture / another's / white | "
+             "another's costs more, each seed | match or not, balanced | blind |",
+             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for system, seeds in results.items():
+        runs = [one["pretrained"] for one in seeds.values()]
+        minutes = mean(run["seconds"] for run in runs) / 60
+        right, lost = ([run.get("probes", {}).get(name) for run in runs] for name in ("mlm_accuracy", "mlm_loss"))
+        words = " / ".join(per_cent([r[c]["value"] for r in right]) for c in right[0]) if all(right) else ""
+        more = "; ".join(interval(one["random"]) for one in lost) if all(lost) else ""
+        match = [run["scores"].get("match or not, balanced accuracy") for run in runs]
+        told = per_cent([m["value"] for m in match]) if all(match) else ""
+        blind = f"{100 * mean(m['blind'] for m in match):.1f}" if all(match) else ""
+        lines.append(f"| {system} | {len(runs)} | {minutes:.1f} | {words} | {more} | {told} | {blind} |")
+    return "\n".join(lines)
+
+
+def interval(other: dict[str, float]) -> str:
+    return (f"{other['difference']:+.3f} ({other['difference_low']:+.3f} to {other['difference_high']:+.3f}, "
+            f"p {other['p']:.3f})")  # fmt: skip
+
+
+def gained(results: dict[str, dict[int, dict[str, Any]]], work: Path, source: str) -> str:
+    """Markdown: fine-tuned after pre-training, and without it."""
+    lines = ["| system | measure | chance | after pre-training | times chance | blind | without | difference | "
+             "95% interval | p |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | :---: | ---: |"]  # fmt: skip
+    for system, seeds in results.items():
+        for recipe in (*recipes_of(system), *WRITES.get(system, ())):
+            both = [one[recipe] for one in seeds.values()]
+            for name in HEADLINES:
+                after = [one["after"]["scores"].get(name) for one in both]
+                without = [one["without"]["scores"].get(name) for one in both]
+                if not all(after):
+                    continue
+                chance = after[0].get("chance")
+                value = mean(a["value"] for a in after)
+                blind = [a["blind"] for a in after if a.get("blind") is not None]
+                cells = [system, name, "" if chance is None else f"{100 * chance:.1f}",
+                         per_cent([a["value"] for a in after]),
+                         f"{value / chance:.0f}x" if chance and "R@1" in name else "",
+                         f"{100 * mean(blind):.1f}" if blind else "",
+                         per_cent([w["value"] for w in without]) if all(without) else ""]  # fmt: skip
+                more = gain(work, system, recipe, name, list(seeds), source)
+                cells += ["", "", ""] if more is None else [
+                    f"{100 * more['mean']:+.1f}", f"{100 * more['low']:+.1f} to {100 * more['high']:+.1f}",
+                    f"{more['p']:.3f}"]  # fmt: skip
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def probed(results: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """Markdown: the two probes of systems that draw the picture again; losses, so lower is better."""
+    lines = ["| system | seed | loss of | own | another row's, more than own | white, or no text, more than own |",
+             "| --- | ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
+    for system, seeds in results.items():
+        for seed, one in seeds.items():
+            probes = one["pretrained"].get("probes", {})
+            for name, what in (("mlm_loss", "hidden words, beside a picture"),
+                               ("recon_loss", "hidden picture, beside a text")):  # fmt: skip
+                if "recon_loss" in probes:
+                    own, *others = probes[name].values()
+                    more = " | ".join(interval(other) for other in others)
+                    lines.append(f"| {system} | {seed} | {what} | {own['value']:.4f} | {more} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def report(results: dict[str, dict[int, dict[str, Any]]], work: Path, source: Source, facts: dict[str, Any],
+           command: str) -> str:  # fmt: skip
+    test, train_rows = len(source.indices("test")), len(source.indices("train"))
+    asked = len(source.question_indices("test"))
+    parts = [f"`{command}`; {source.name}: {train_rows:,} training pairs, {test} test pairs, {asked} test questions; "
+             f"{facts['cpu']}, {facts['cores']} cores, one thread, other work beside it. Mean, in brackets lowest to "
+             "highest seed; per cent, CIDEr times 100.", "### What each pre-training learnt",
+             learnt(results), "### What it is worth", gained(results, work, source.name)]  # fmt: skip
+    if table := probed(results):
+        parts += ["### MLIM's probes", table]
+    return "\n\n".join(parts)
+
+
+# -------------------------------------------------------------------------------------------------- a page per system
+
+
+def on_its_page(system: str, seeds: dict[int, dict[str, Any]], work: Path, docs: Path) -> None:
+    """The run of the first seed: commands, losses by step, and the scores it ends with."""
+    seed = next(iter(seeds))
+    folder, one = work / f"{system}-{seed}", seeds[seed]
+    pre, picture = one["pretrained"], docs / f"images/systems/{system}-loss.png"
+    shutil.copyfile(folder / "pretrained/loss.png", picture)
+    commands = [f"interlace train {system}-small"]
+    parts = []
+    for recipe in (*recipes_of(system), *WRITES.get(system, ())):
+        name = f"runs/{system}-{recipe.removeprefix('finetune').strip('-') or 'tuned'}"
+        commands.append(f"interlace train {recipe} model.start=runs/{system}-small train.out={name}")
+        commands.append(f"interlace evaluate {name} furniture,food")
+        after, without = one[recipe]["after"], one[recipe]["without"]
+        parts.append(f"Fine-tuned for {KINDS[recipe]}, {after['steps']} steps, {after['seconds'] / 60:.1f} minutes:\n\n"
+                     f"{beside(after, without)}")  # fmt: skip
+    log = [entry for entry in read_log(folder / "pretrained/log.jsonl") if "loss" in entry]
+    told = ", ".join(f"{name} {first:.3g} to {last:.3g}" for name, first, last in losses(log))
+    intro = (f"{pre['steps']} steps, seed {seed}, {pre['parameters'] / 1e6:.1f} M parameters, "
+             f"{pre['seconds'] / 60:.1f} minutes of training on one core of a busy machine. First and last log: "
+             f"{told}.")  # fmt: skip
+    text = "\n\n".join(["```\n" + "\n".join(commands) + "\n```", intro,
+                        f"![Losses by step](../images/systems/{system}-loss.png)",
+                        f"After pre-training:\n\n{pre['table']}" if pre["table"] else "", *parts,
+                        "Blind: pictures of other rows; for answers, captions and hidden words a white one too, and "
+                        "the higher counts. Without: the same fine-tuning of the same parts without the pre-training. "
+                        "All systems and seeds: [results](../results.md#the-ten-systems-small)."])  # fmt: skip
+    page = docs / f"systems/{system}.md"
+    before = page.read_text(encoding="utf-8")
+    head, _, _ = before.partition("\n## A run on the sample pictures")
+    page.write_text(head.rstrip() + "\n\n## A run on the sample pictures\n", encoding="utf-8")
+    onto_page(page, text, f"python -m bench.systems {system}")
+
+
+def beside(after: dict[str, Any], without: dict[str, Any]) -> str:
+    lines = ["| measure, test split | score | 95% interval | chance | blind | without |",
+             "| --- | ---: | :---: | ---: | ---: | ---: |"]  # fmt: skip
+    for name, s in after["scores"].items():
+        if name.startswith("answers: ") or name.startswith("written answers: ") or "R@5" in name:
+            continue
+        other = without["scores"].get(name, {}).get("value")
+        cells = [f"{100 * s['value']:.1f}", f"{100 * s['low']:.1f} to {100 * s['high']:.1f}" if "low" in s else "",
+                 *("" if s.get(k) is None else f"{100 * s[k]:.1f}" for k in ("chance", "blind")),
+                 "" if other is None else f"{100 * other:.1f}"]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def losses(log: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Each objective's loss at its first and last log."""
+    from interlace.objectives.base import Objective
+
+    names = dict.fromkeys(k for entry in log for k in entry if k.rpartition("/")[2] in Objective.known)
+    return [(name, *[[e[name] for e in log if name in e][at] for at in (0, -1)]) for name in names]  # type: ignore
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    options = parser(__doc__)
+    options.add_argument("systems", nargs="*", default=list(PRESETS), help=f"default {' '.join(PRESETS)}")
+    options.add_argument("--seeds", default="0,1")
+    options.add_argument("--work", type=Path, default=Path("runs/systems"))
+    options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `interlace train` takes")
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--pages", type=Path, metavar="DOCS", help="put the tables onto the pages of this folder")
+    options.add_argument("--found", action="store_true", help="train nothing, report what is there")
+    given = options.parse_args(argv)
+    torch.set_num_threads(given.threads)
+    facts, seeds = machine("torch", "transformers"), [int(s) for s in given.seeds.split(",")]
+    source = open_source(["furniture", "food"])
+    command = "python -m bench.systems" + (f" --seeds {given.seeds}" if given.seeds != "0,1" else "")
+    results: dict[str, dict[int, dict[str, Any]]] = {}
+    for seed in seeds:  # all systems with the first seed before any with the second
+        for system in given.systems:
+            if not given.found or all_there(system, seed, given.work):
+                print(f"\n=== {system}, seed {seed}", flush=True)
+                results.setdefault(system, {})[seed] = measure(system, seed, source, given.work, given.set)
+    text = report(results, given.work, source, facts, command)
+    print(text)
+    keep(given.out, {"machine": facts, "source": source.name,
+                     "results": {s: {str(k): v for k, v in one.items()} for s, one in results.items()}})  # fmt: skip
+    if given.pages:
+        onto_page(given.pages / "results.md", text, "python -m bench.systems")
+        for system, one in results.items():
+            on_its_page(system, one, given.work, given.pages)
+    return {"results": results}
+
+
+def all_there(system: str, seed: int, work: Path) -> bool:
+    folder = work / f"{system}-{seed}"
+    parts = [f"{recipe}-{which}" for recipe in (*recipes_of(system), *WRITES.get(system, ()))
+             for which in ("after", "without")]  # fmt: skip
+    return all((folder / part / "bench.json").is_file() for part in ("pretrained", *parts))
+
+
+if __name__ == "__main__":
+    main()
