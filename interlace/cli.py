@@ -328,8 +328,8 @@ def extract_regions(args: argparse.Namespace) -> int:
 def convert_release(args: argparse.Namespace) -> int:
     from interlace.convert import convert
 
-    convert(args.source, args.out, args.preset)
-    print(f"model folder: {args.out}")
+    convert(args.source, args.out, args.preset, tokenizer=args.tokenizer, answers=args.answers)
+    print(f"written: {args.out}")
     return 0
 
 
@@ -535,10 +535,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=int, default=32)
     sub.add_argument("--split", choices=["train", "val", "test"], help="only this one")
 
-    sub = verb("convert", convert_release, "bring a published model's weights over: config.json and model.safetensors")
+    sub = verb("convert", convert_release, "bring a published model's weights over, as a run that other commands take")
     sub.add_argument("source", help="a local .bin, .pth, .pt or .safetensors file, or a folder of transformers")
     sub.add_argument("out", help="the folder to write")
     sub.add_argument("--preset", required=True, metavar="NAME", help="whose weights they are (interlace list)")
+    sub.add_argument("--tokenizer", default="", metavar="NAME",
+                     help="folder or name of its tokenizer (default: what lies beside the weights)")  # fmt: skip
+    sub.add_argument("--answers", default="", metavar="FILE.json", help="the answer list of its answer head")
     return parser
 
 

@@ -329,17 +329,31 @@ def load(source: str | Path, name: str) -> Converted:
     return Converted(model, load_foreign(model, tensors, keys, prefix, fresh), table, prefix)
 
 
-def convert(source: str | Path, out: str | Path, name: str, console: Console | None = None) -> Converted:
-    """`interlace convert`: writes `out`/config.json and `out`/model.safetensors, which `VLModel.from_pretrained` loads,
-    and prints what was mapped and what was dropped. Raises UserError as `load` does, and when `out` is not empty."""
+def convert(source: str | Path, out: str | Path, name: str, console: Console | None = None, tokenizer: str = "",
+            answers: str | Path = "") -> Converted:  # fmt: skip
+    """`interlace convert`: writes a run folder that the other commands take, and `VLModel.from_pretrained` too; without
+    a tokenizer (`tokenizer` names one, or it lies beside the weights) only what `VLModel` reads. `answers`: the file
+    with the answer list of the model's answer head. Prints what was mapped and dropped, and the largest difference
+    from transformers' class where the source is a folder of its. Raises UserError as `load` does, when `out` is not
+    empty, and for a tokenizer or an answer list of another model."""
     from rich.console import Console
+
+    from interlace.convert_run import answers_from, difference, tokenizer_for, write_run
 
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty: give a folder that is new.")
-    done = load(source, name)
-    done.model.config.architectures = ["VLModel"]
-    done.model.save_pretrained(folder)
+    done, origin = load(source, name), Path(source).expanduser()
+    words = tokenizer_for(origin, tokenizer)
+    labels = done.model.config.heads.get("answers", {}).get("labels", 0)
+    if answers and not labels:
+        raise UserError(f"{answers} was given as its answers, but the model has no answer head.")
+    listed = answers_from(answers, labels) if answers else []
+    if words is None:
+        done.model.config.architectures = ["VLModel"]
+        done.model.save_pretrained(folder)
+    else:
+        write_run(folder, done.model, preset(name)[0], words, origin, listed)
     console = console or Console()
     names = "transformers' names" if "HF_" in done.table else "the release's names"
     stripped = f", {done.prefix!r} taken off" if done.prefix else ""
@@ -357,6 +371,11 @@ def convert(source: str | Path, out: str | Path, name: str, console: Console | N
     console.print(done.model.config.describe(), markup=False)
     console.print(f"heads: {heads}. {total / 1e6:.1f} M parameters"
                   + (f"; {', '.join(alone)} from the preset." if alone else "."), markup=False)  # fmt: skip
+    if (apart := difference(origin, done.model)) is not None:
+        console.print(f"largest difference from transformers on a random batch: {apart:.1e}", markup=False)
+    if words is None:
+        console.print("no tokenizer lies beside the weights, so this is a model and no run yet: name one with "
+                      "--tokenizer, and search, answer, caption and evaluate take the folder.", markup=False)
     return done
 
 

@@ -69,9 +69,9 @@ def test_fine_tuned_heads(tmp_path):
     assert done.model.heads["answers"].out.out_features == config["num_answer"]
 
 
-def hf_clip(folder):
+def hf_clip(folder, vocabulary=99):
     text = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3,
-            "vocab_size": 99, "max_position_embeddings": 16, "eos_token_id": 98, "bos_token_id": 97,
+            "vocab_size": vocabulary, "max_position_embeddings": 16, "eos_token_id": vocabulary - 1, "bos_token_id": 97,
             "pad_token_id": 0}  # fmt: skip
     vision = {"hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 4, "num_hidden_layers": 2,
               "image_size": 32, "patch_size": 8}  # fmt: skip

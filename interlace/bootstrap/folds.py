@@ -20,10 +20,12 @@ SPLIT = "train"
 
 
 def fold_of(source: Source, rows: Sequence[int] | np.ndarray, folds: int) -> np.ndarray:
-    """(n,) rows -> (n,) number of their fold, by group alone: the same in every process and for every split."""
-    codes = np.asarray(source.group_codes)[np.asarray(rows, np.int64)].astype(np.uint64)
+    """(n,) rows -> (n,) number of their fold: the groups of each split, shuffled and dealt in turn, the same in every
+    process."""
+    codes = np.asarray(source.group_codes).astype(np.uint64)
     mixed = (codes ^ (codes >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)  # neighbouring codes part ways
-    return ((mixed >> np.uint64(33)) % np.uint64(folds)).astype(np.int64)
+    keys = (np.asarray(source.split_codes).astype(np.uint64) << np.uint64(61)) | (mixed >> np.uint64(3))
+    return np.searchsorted(np.unique(keys), keys[np.asarray(rows, np.int64)]) % folds
 
 
 def without(source: Source, fold: int, folds: int) -> Source:

@@ -231,7 +231,7 @@ def test_only_the_drawn_pass_is_prepared_and_logged(system, source):
     model, processor = system("uniter")
     b = batch(source, model, processor, range(4), drawn=(1,))
     assert b["parts"][0] is None and b["parts"][2] is None and "matched" in b["parts"][1]
-    assert {"itm", "wra"} <= model(**b)["losses"].keys() and "mlm" not in model(**b)["losses"]
+    assert {"swap/itm", "swap/wra"} <= model(**b)["losses"].keys() and "mlm" not in model(**b)["losses"]
 
 
 def test_two_that_limit_sight_cannot_share_a_forward():
