@@ -51,8 +51,6 @@ def configured(name: str, source, regions=None):
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
 def test_a_recipe_builds_what_its_objectives_need(file, shapes):
-    if file.stem == "finetune":
-        pytest.skip("goes on from a run")
     config, passes = configured(file.stem, open_source(shapes))
     with torch.device("meta"):
         model = Learner(config).learn_by(passes)  # each objective looks for its parts

@@ -32,6 +32,18 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("golden", files, ids=[f.stem for f in files], indirect=True, scope="module")
 
 
+class Recorded(dict[str, Tensor]):
+    """Outputs by name, and which of them were looked at."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__(tensors)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+
 class Golden:
     """`config`: sizes. `weights`: the main class's state dict under its original names. `inputs`, `outputs` by name."""
 
@@ -41,6 +53,7 @@ class Golden:
         self.config = self.meta["config"]
         self.tensors = load_file(file)
         self.weights, self.inputs, self.outputs = (self.part(p) for p in ("weights", "inputs", "outputs"))
+        self.outputs = Recorded(self.outputs)
         self.atol, self.rtol = self.meta["compare"]["atol"], self.meta["compare"]["rtol"]
 
     def part(self, name: str) -> dict[str, Tensor]:
@@ -67,8 +80,13 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="module")
-def golden(request) -> Golden:
-    return Golden(request.param)
+def golden(request):
+    """At the end of a module that ran whole, every recorded output has been compared with something."""
+    given = Golden(request.param)
+    yield given
+    options = request.config.option
+    if not (options.keyword or options.lf or any("::" in arg for arg in request.config.args)):
+        assert not (unread := sorted(given.outputs.keys() - given.outputs.seen)), f"no test reads {unread}"
 
 
 @pytest.fixture(scope="module", autouse=True)

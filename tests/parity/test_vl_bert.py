@@ -82,7 +82,12 @@ def test_pretraining(golden, model):
     texts = model.heads["mlm"](alone.text, table)
     golden.close(F.pad(texts, (0, 0, 0, longest - texts.shape[1])), "mlm_logits_aux",
                  F.pad(i["aux_text"], (0, longest - texts.shape[1])) > 0)  # fmt: skip
-    classes = model.heads["mvrc"](out.image[:, 1:])
+    said, seen = [F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in (out.text, alone.text)], out.image[:, 1:]
+    real = [F.pad(ids, (0, longest - ids.shape[1])) > 0 for ids in (i["text"], i["aux_text"])]
+    golden.close(torch.cat(said), "text_hidden", torch.cat(real))
+    nothing = torch.zeros(len(i["aux_text"]), *seen.shape[1:])  # texts alone have no objects
+    golden.close(torch.cat([seen * mask.unsqueeze(-1), nothing]), "object_hidden")
+    classes = model.heads["mvrc"](seen)
     golden.close(classes, "mvrc_logits", mask)
     losses = (masked_words(words, i["mlm_labels"]), masked_words(texts, i["aux_mlm_labels"]),
               spread_cross_entropy(classes, i["mvrc_labels"]))  # fmt: skip
