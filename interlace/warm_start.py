@@ -159,8 +159,8 @@ def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: 
     if len(set(groups)) < 20:
         return None
     y, x = np.concatenate(texts), np.concatenate(pictures)  # (N, Dt), (N, Di)
-    if min(x.std(0).max(), y.std(0).max()) < 1e-6:  # a part that says the same of everything, as VL-BERT's at first
-        return None
+    if any(part.std(0).max() < 1e-4 * np.abs(part).max() for part in (x, y)):  # it says the same of everything but for
+        return None  # rounding, as VL-BERT's pictures at first
     strength = ridge_alignment(x, y, x[:1], y[:1], groups=groups, seed=seed).chosen
     away_y, away_x = _away_from_mean(y, text_side), _away_from_mean(x, image_side)
     y0, x0 = (y - y.mean(0)) @ away_y, (x - x.mean(0)) @ away_x

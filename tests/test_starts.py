@@ -1,0 +1,161 @@
+"""What a system starts from: layers spread over a tower's, quiet branches, words' frequencies, an aligned contrast."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from interlace.compose import Composition
+from interlace.data.batches import Collate, Samples
+from interlace.data.sources import open_source
+from interlace.layers import Attend, FeedForward
+from interlace.learner import Learner
+from interlace.objectives import ITC, ITM, MLM, Pass
+from interlace.objectives.vqa_writes import GenerativeVQA
+from interlace.presets import blip, uniter
+from interlace.run import Run, save_run
+from interlace.systems import build_from_run, build_system, spread
+from interlace.warm_start import align_contrast, start_frequencies
+
+
+@pytest.fixture(scope="module")
+def source(shapes):
+    return open_source(shapes)
+
+
+@pytest.fixture(scope="module")
+def made(text_tower, image_tower):
+    def make(system: str, *objectives, **changes):
+        what = Composition(system=system, text=str(text_tower), image=str(image_tower), width=32, heads=4, layers=2,
+                           size=64, dropout=0.0, max_length=16, **changes)  # fmt: skip
+        torch.manual_seed(0)
+        model, processor = build_system(what, list(objectives), None, Learner)
+        return model.learn_by([Pass([(o, 1.0) for o in objectives])]), processor
+
+    return make
+
+
+def tower(layers: int) -> BertModel:
+    torch.manual_seed(1)
+    return BertModel(BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
+                                intermediate_size=64, max_position_embeddings=24))  # fmt: skip
+
+
+@pytest.mark.parametrize("layers, chosen", [(6, [0, 5]), (2, [0, 1]), (1, [0])])
+def test_layers_are_spread_from_the_first_to_the_last(layers, chosen):
+    model, tensors = Learner(uniter.tiny()), tower(layers).state_dict()  # of two layers
+    found = spread(model, tensors, uniter.start(model.config))
+    name = "encoder.layer.{}.attention.self.query.weight"
+    for n, from_ in enumerate(chosen):
+        assert torch.equal(found[name.format(n)], tensors[name.format(from_)])
+    assert name.format(len(chosen)) not in found
+    assert torch.equal(found["embeddings.word_embeddings.weight"], tensors["embeddings.word_embeddings.weight"])
+
+
+def test_branches_that_no_tower_starts_add_nothing_and_the_others_do(made):
+    model, _ = made("blip", ITC(), ITM("drawn"))
+    fuse = model.schedule.fuse[0]  # its self-attention is the tower's, reading the picture is new
+    assert not fuse.attend_image.out.weight.any() and fuse.attend_self.out.weight.any() and fuse.ffn.down.weight.any()
+    alone = model.schedule.image[0]
+    parts = [part for part in alone.modules() if isinstance(part, Attend | FeedForward)]
+    assert parts and not any((p.out if isinstance(p, Attend) else p.down).weight.any() for p in parts)
+
+
+def test_word_heads_start_at_the_words_frequencies(made, source):
+    model, processor = made("uniter", MLM())
+    count = start_frequencies(model, source, processor)
+    captions = [source.pair(int(row)).caption for row in source.indices("train")]
+    assert count == len(captions)
+    tokens = processor.tokens(captions)
+    seen = torch.bincount(tokens["text_ids"][tokens["text_words"] >= 0], minlength=len(model.heads["mlm"].bias))
+    bias = model.heads["mlm"].bias.detach()
+    ends = torch.zeros_like(seen)
+    ends[processor.tokenizer.sep_token_id] = len(captions)
+    expected = (seen + ends + 1.0) / (seen + ends + 1.0).sum()
+    torch.testing.assert_close(bias.softmax(0), expected.float(), atol=1e-6, rtol=1e-4)
+    with torch.no_grad():
+        model.heads["mlm"].bias.fill_(0.5)  # a head that has learnt is left alone
+    start_frequencies(model, source, processor)
+    assert (model.heads["mlm"].bias == 0.5).all()
+
+
+def contrast_of(model, samples, collate):
+    batch = collate([samples[(0, n)] for n in range(len(samples))])
+    with torch.no_grad():
+        model.eval()
+        scored = model.objectives[0][0].loss(model, batch, _views(model, batch))
+    return {name: float(value) for name, value in scored.logs.items()}
+
+
+def _views(model, batch):
+    from interlace.objectives.base import Views
+
+    return Views(model, batch)
+
+
+@pytest.mark.parametrize("system", ["uniter", "lxmert", "vilbert", "vilt", "blip"])
+def test_an_aligned_contrast_finds_partners_before_it_has_learnt(system, made, source):
+    model, processor = made(system, ITC(size=16))
+    samples = Samples(source, "train", processor, model.passes, seed=0, augment=False)
+    collate = Collate(processor, None, model.passes, model.cells_to_hide())
+    before = contrast_of(model, samples, collate)
+    was = {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith("heads.contrast.")}
+    model.train()
+    assert align_contrast(model, samples, collate, batch=32) is not None
+    assert model.training and all(torch.equal(p, was[n]) for n, p in model.named_parameters() if n in was)
+    after = contrast_of(model, samples, collate)
+    assert after["itc_accuracy"] > before["itc_accuracy"] + 0.2
+
+
+def test_pictures_that_all_look_alike_are_left_unaligned(made, source):
+    model, processor = made("vl_bert", ITC(size=16))  # its pictures say nothing before they have learnt to
+    samples = Samples(source, "train", processor, model.passes, seed=0, augment=False)
+    before = model.heads["contrast"].image.weight.clone()
+    assert align_contrast(model, samples, Collate(processor, None, model.passes, model.cells_to_hide())) is None
+    assert torch.equal(before, model.heads["contrast"].image.weight)
+
+
+def test_the_whole_of_a_stream_alone_goes_through_the_layers_that_fuse(made):
+    model, processor = made("lxmert", ITC(size=16))
+    assert model.contrast.whole
+    with torch.no_grad():
+        for part in model.schedule.parameters():  # fresh branches are quiet, and would hide that layers are left out
+            part += 0.05 * torch.randn_like(part)
+    half = model.half_text(*processor.texts(["a red circle", "a blue square"]))
+    model.eval()
+    with torch.no_grad():
+        whole = model.pooled_alone(half, "text")
+        model.contrast.whole = False
+        short = model.pooled_alone(half, "text")
+        expected = model.fuse(half, None).pooled_text
+    torch.testing.assert_close(whole, expected)
+    assert not torch.allclose(whole, short)
+
+
+def test_a_decoder_of_answers_starts_as_the_one_of_captions(made, tmp_path):
+    from interlace.objectives import LM
+
+    model, processor = made("blip", ITC(), ITM("drawn"), LM())
+    with torch.no_grad():
+        for part in model.parameters():
+            part += 0.01 * torch.randn_like(part)
+    save_run(tmp_path / "blip", model, processor, name="blip", system="blip")
+    before = Run.load(tmp_path / "blip").model
+    after, _ = build_from_run(Composition(start=str(tmp_path / "blip")), [GenerativeVQA()], None, Learner)
+    assert after.config.writes.context == "text" and not after.config.writes.shares
+    for layer, own, lent in zip(after.decoder.schedule.answer, before.decoder.schedule.write, before.schedule.fuse):
+        assert torch.equal(layer.attend_self.query.weight, own.attend_self.query.weight)
+        assert torch.equal(layer.ffn.up.weight, lent.ffn.up.weight)
+        assert torch.equal(layer.attend_image.key.weight, lent.attend_image.key.weight)
+    assert torch.equal(after.decoder.words.words.weight, before.text.words.weight)
+    assert torch.equal(after.decoder.head.dense.weight, before.decoder.head.dense.weight)
+    assert blip.answerer(before.config).start == before.config.writes.start
+
+
+def test_what_comes_with_a_run_learns_at_the_rate_of_what_started(made, tmp_path):
+    model, processor = made("uniter", ITM("drawn"))
+    save_run(tmp_path / "uniter", model, processor, name="uniter", system="uniter")
+    after, _ = build_from_run(Composition(start=str(tmp_path / "uniter")), [ITC(size=16), ITM("drawn")], None, Learner)
+    assert "heads.match.out.weight" in after.started and "heads.contrast" in after.anew
+    assert not any(name.startswith("heads.contrast.") for name in after.started)
+    assert np.isfinite([float(p.sum()) for p in after.parameters()]).all()
