@@ -73,7 +73,7 @@ def write_run(folder: Path, model: VLModel, line: Preset, tokenizer: PreTrainedT
     else:  # a detector of the release found its regions, which is not here
         whole = system in ("vilbert", "vl_bert")
         processor = Processor(tokenizer, max_length=longest,
-                              regions={"extractor": {"kind": "given", "name": f"{line.system}'s own detector"},
+                              regions={"extractor": {"kind": "release", "name": f"{line.system}'s own detector"},
                                        "boxes": pixels.boxes, "whole": whole})  # fmt: skip
     total = sum(p.numel() for p in model.parameters())
     save_run(folder, model, processor, answers or None, name=folder.name, system=system, steps=0, train_seconds=0.0,

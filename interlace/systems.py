@@ -331,7 +331,12 @@ def build_from_run(what: Composition, objectives: list[Objective], augment: Augm
         if regions is None:
             raise UserError(f"the run {what.start} was trained on stored regions: give those of this data as "
                             "data.regions.")  # fmt: skip
-        regions.require(fingerprint(processor.regions["extractor"]))
+        made = processor.regions["extractor"]
+        if made.get("kind") == "release":  # converted: its detector is not here, so any features of its size are taken
+            regions.require(regions.fingerprint, cast(Any, config.image).features)
+            processor.regions = {**processor.regions, "extractor": regions.facts}
+        else:
+            regions.require(fingerprint(made))
     if augment is not None:
         processor.augment = augment
     return model, processor

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,11 +19,17 @@ from transformers import (
 )
 
 from interlace.cli import main
+from interlace.compose import Composition
 from interlace.convert import convert
 from interlace.convert_run import difference
 from interlace.errors import UserError
 from interlace.model import VLModel
+from interlace.objectives import ITM
+from interlace.regions.arrays import RegionArrays
+from interlace.regions.open import open_regions
+from interlace.regions.store import Stamp, Writer
 from interlace.run import Run
+from interlace.systems import build_from_run
 from interlace.towers import load_tokenizer
 from tests.test_convert import hf_clip, release
 
@@ -116,6 +123,16 @@ def test_a_region_model_says_that_its_detector_is_not_here(text_tower, tmp_path)
     convert(tmp_path / "more", tmp_path / "ours", "visual_bert", QUIET, tokenizer=str(text_tower))
     with pytest.raises(UserError, match="made elsewhere"):
         Run.load(tmp_path / "ours").half_image([Image.new("RGB", (9, 9))])
+    for size in (20, 21):  # and it goes on from features of its size
+        (tmp_path / str(size)).mkdir()
+        writer = Writer(tmp_path / str(size), {"kind": "given", "name": "drawn"}, size, 0)
+        writer.add(["a"], Stamp(0, 0), RegionArrays(np.zeros((2, size), np.float32), np.array([[0, 0, 1, 1]] * 2, np.float32)))
+        writer.commit()
+    what, itm = Composition(start=str(tmp_path / "ours")), [ITM("drawn")]
+    _, processor = build_from_run(what, itm, regions=open_regions(tmp_path / "20"))
+    assert processor.regions["extractor"]["kind"] == "given"
+    with pytest.raises(UserError, match="20 features per region"):
+        build_from_run(what, itm, regions=open_regions(tmp_path / "21"))
 
 
 def test_an_answer_list_must_fit_its_head(text_tower, tmp_path):
