@@ -79,8 +79,8 @@ def judged(run: Path, noisy: Source, file: Path) -> list[Row]:
     wrong = np.array([bool(pairs[row].attributes["corrupted"]) for row, _ in answers])
     rows = []
     for number, by in enumerate(("match", "cosine")):
-        fitted = fit(Filters(noisy, [filter_]), noisy, Decision(by=by), 32)
         scores = np.array([one[number] for _, one in answers])
+        fitted = fit(Filters(noisy, [filter_]), noisy, Decision(by=by), 32, scores)
         rows.append({"judged by": by, **counted(scores, wrong, fitted["threshold"]), "area, validation": fitted["auc"],
                      "threshold": fitted["threshold"]})  # fmt: skip
     file.write_text(json.dumps(rows))

@@ -465,7 +465,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--labels", default="", metavar="COLUMN[=VALUE]",
                      help="fit the threshold on rows whose column says that the caption is right")  # fmt: skip
     sub.add_argument("--precision", type=float, default=0.0,
-                     help="fit the lowest threshold of that precision (default: the best balanced accuracy)")
+                     help="fit the lowest threshold of that precision (default: the most texts judged right)")
     sub.add_argument("--both", action="store_true",
                      help="where both texts pass, add the synthetic one as a row of its own")  # fmt: skip
     sub.add_argument("--sheet", type=int, default=300, help="rows on the page to review")

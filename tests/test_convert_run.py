@@ -126,7 +126,8 @@ def test_a_region_model_says_that_its_detector_is_not_here(text_tower, tmp_path)
     for size in (20, 21):  # and it goes on from features of its size
         (tmp_path / str(size)).mkdir()
         writer = Writer(tmp_path / str(size), {"kind": "given", "name": "drawn"}, size, 0)
-        writer.add(["a"], Stamp(0, 0), RegionArrays(np.zeros((2, size), np.float32), np.array([[0, 0, 1, 1]] * 2, np.float32)))
+        boxes = np.array([[0, 0, 1, 1]] * 2, np.float32)
+        writer.add(["a"], Stamp(0, 0), RegionArrays(np.zeros((2, size), np.float32), boxes))
         writer.commit()
     what, itm = Composition(start=str(tmp_path / "ours")), [ITM("drawn")]
     _, processor = build_from_run(what, itm, regions=open_regions(tmp_path / "20"))

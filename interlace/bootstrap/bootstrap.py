@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from interlace.bars import bar
@@ -74,6 +75,8 @@ class Report:
         if t.get("auc", 1.0) < POOR:
             said.append(f"WARNING: the filter hardly tells true pairs from wrong ones (area {t['auc']:.2f}, a coin has "
                         "0.50): do not trust its verdicts. Train it longer, or name a better run with --filter.")
+        if "wrong" in t:
+            said.append(f"about {t['wrong']:.0%} of the web texts seem wrong, from how many pass")
         said.append(f"web texts that pass: {self.passed['web']:.1%}, synthetic ones: {self.passed['synthetic']:.1%}")
         said.append(f"keep {v['keep']:,}, replace {v['replace']:,}, drop {v['drop']:,}, picture unreadable {v['bad']:,}"
                     + (f"; {self.added:,} synthetic texts added beside kept ones" if self.added else ""))
@@ -260,7 +263,8 @@ def doubt(line: dict[str, Any], by: str, threshold: float) -> float:
 
 def _decide(folder: Path, source: Source, runs: dict[str, Run], filters: Filters, parts: Parts, decision: Decision,
             batch: int, progress: bool) -> Report:  # fmt: skip
-    found = fit(filters, source, decision, batch)
+    web = [line[f"{decision.by}_web"] for line in parts if line.get(f"{decision.by}_web") is not None]
+    found = fit(filters, source, decision, batch, np.array(web))
     by, threshold = found["by"], found["threshold"]
     counts = _counted(source, parts, by, threshold)
     # from here on the table is not the old one any more, and not yet the new one

@@ -100,3 +100,18 @@ def test_no_validation_rows_no_threshold(noisy_folder):
 def test_decisions_that_make_no_sense(decision, says):
     with pytest.raises(UserError, match=says):
         decision.check()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
+def test_the_share_of_wrong_texts_is_estimated_and_decides_the_threshold(share):
+    rng = np.random.default_rng(0)
+    true, wrong = rng.normal(1, 1, 4000), rng.normal(-1, 1, 4000)
+    values, said = np.r_[true, wrong], np.r_[np.ones(4000, bool), np.zeros(4000, bool)]
+    n = round(share * 4000)
+    web, right = np.r_[rng.normal(1, 1, 4000 - n), rng.normal(-1, 1, n)], np.arange(4000) < 4000 - n
+    fitted, halves = best(values, said, web=web), best(values, said)
+    assert fitted["wrong"] == pytest.approx(share, abs=0.03)
+    accuracy = [((web >= found["threshold"]) == right).mean() for found in (fitted, halves)]
+    assert accuracy[0] >= accuracy[1] - 0.002
+    if share == 0.05:  # one made for halves throws away what is right
+        assert accuracy[0] > accuracy[1] + 0.05 and fitted["threshold"] < halves["threshold"] - 0.5
