@@ -18,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
-from interlace.cli import build_parser, columns
+from interlace.cli import build_parser
 from interlace.data.batches import Collate, Samples
 from interlace.data.processor import Processor
 from interlace.data.sources import open_source
@@ -37,6 +37,7 @@ from interlace.search.filters import Column, parse
 from interlace.settings import Settings, load_settings
 from interlace.streams import Streams, everyone
 from interlace.towers import load_tokenizer
+from interlace.verbs import columns
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/systems").glob("*.md")])
