@@ -215,7 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=int, default=32)
     sub.add_argument("--split", choices=["train", "val", "test"], help="only this one")
 
-    sub = verb("convert", do.convert_release, "bring a published model's weights over, as a run that others take")
+    sub = verb("convert", do.convert_release, "bring a published model's weights over, as a run like any other")
     sub.add_argument("source", help="a local .bin, .pth, .pt or .safetensors file, or a folder of transformers")
     sub.add_argument("out", help="the folder to write")
     sub.add_argument("--preset", required=True, metavar="NAME", help="whose weights they are (interlace list)")
