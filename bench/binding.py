@@ -49,7 +49,7 @@ def quarters(source: Source, processor: Processor, tower: Any, prefix: int) -> n
     """(N, 4, C): the mean over each quarter's cells, in the order of PLACES."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.mean, processor.std))
     parts = []
-    for at in tqdm(range(0, len(source), 64), desc="image tower", unit="batch"):
+    for at in tqdm(range(0, len(source), 64), desc="image tower", unit="batch", disable=None):
         rows = range(at, min(at + 64, len(source)))
         pixels = processor.pictures([open_picture(source.picture(r), size_hint=processor.size) for r in rows])
         cells = towers.grid_tokens(tower(pixel_values=(pixels.float() / 255 - mean) / std).last_hidden_state, prefix)
@@ -89,7 +89,7 @@ def fits(seen: np.ndarray, named: list[dict[str, str]], swapped: list[dict[str, 
 def last_tokens(captions: list[str], processor: Processor, tower: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """States of each name's last token (M, D), the number of its place (M,), the caption it is of (M,)."""
     states, places, owners = [], [], []
-    for n, caption in enumerate(tqdm(captions, desc="text tower", unit="caption")):
+    for n, caption in enumerate(tqdm(captions, desc="text tower", unit="caption", disable=None)):
         given = processor.tokenizer(caption, return_offsets_mapping=True, truncation=True,
                                     max_length=processor.max_length, return_tensors="pt")  # fmt: skip
         offsets = given.pop("offset_mapping")[0].tolist()
