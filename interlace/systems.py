@@ -219,6 +219,14 @@ def build_system(what: Composition, objectives: list[Objective], augment: Augmen
             cast(Any, model.image).start()
     keys = module.start(config) if hasattr(module, "start") and parts.fits(config.text.width) else {}
     started = start_from(model, spread(model, parts.text.model.state_dict(), keys), keys) if keys else []
+    if started and not (config.writes is None or config.writes.shares):
+        state = model.state_dict()
+        for ours, theirs in getattr(module, "ANSWERER_STARTS", ()):  # a decoder that shares nothing starts as a copy
+            copies = {ours + name.removeprefix(theirs): name for name in started if name.startswith(theirs)}
+            for copy, name in copies.items():
+                if copy in state and copy not in started:
+                    state[copy].copy_(state[name])
+                    started.append(copy)
     if started:
         quiet_branches(model, set(started))
     start_answers(model)
@@ -249,8 +257,16 @@ def configure_system(what: Composition, objectives: list[Objective],
         raise UserError(f"{what.system} reads pictures and no regions: leave data.regions out, or choose a system that "
                         "reads them (interlace list).")  # fmt: skip
     config.heads = asked_heads(config, objectives, line.module)
+    if lacks_answerer(config, objectives) and hasattr(line.module, "answerer"):
+        config.writes = line.module.answerer(config)
     config.writes = config.writes or decoder_asked_for(what, objectives, config.text)
     return config, parts, line.module
+
+
+def lacks_answerer(config: VLConfig, objectives: list[Objective]) -> bool:
+    """Whether answers are to be written, and the decoder, if there is one, reads no questions."""
+    return any(o.name == "vqa_writes" for o in objectives) and (
+        config.writes is None or config.writes.context == "image")  # fmt: skip
 
 
 def asked_heads(config: VLConfig, objectives: list[Objective], module: Any = None) -> dict[str, dict[str, Any]]:
@@ -307,8 +323,7 @@ def build_from_run(what: Composition, objectives: list[Objective], augment: Augm
     system = before.facts.get("system", "")
     module = PRESETS[system].module if system in PRESETS else None
     config.heads = asked_heads(config, objectives, module)
-    answerer = config.writes is None or config.writes.context == "image"
-    if answerer and any(o.name == "vqa_writes" for o in objectives):  # a decoder of captions reads no questions
+    if lacks_answerer(config, objectives):
         own = hasattr(module, "answerer")
         config.writes = module.answerer(config) if own else decoder_asked_for(what, objectives, config.text)  # type: ignore
     model = model_class(config)

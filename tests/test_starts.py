@@ -152,6 +152,15 @@ def test_a_decoder_of_answers_starts_as_the_one_of_captions(made, tmp_path):
     assert blip.answerer(before.config).start == before.config.writes.start
 
 
+def test_without_a_run_the_decoder_of_answers_starts_as_the_text_tower(made):
+    model, _ = made("blip", GenerativeVQA())
+    assert model.config.writes.context == "text"
+    first, fuse = model.decoder.schedule.answer[0], model.schedule.fuse[0]
+    assert torch.equal(first.attend_self.query.weight, fuse.attend_self.query.weight)
+    assert torch.equal(model.decoder.words.words.weight, model.text.words.weight)
+    assert not first.attend_image.out.weight.any()  # no tower has read a question's states
+
+
 def test_what_comes_with_a_run_learns_at_the_rate_of_what_started(made, tmp_path):
     model, processor = made("uniter", ITM("drawn"))
     save_run(tmp_path / "uniter", model, processor, name="uniter", system="uniter")
