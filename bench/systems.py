@@ -166,7 +166,7 @@ def gained(results: dict[str, dict[int, dict[str, Any]]], work: Path, source: st
             for name in HEADLINES:
                 after = [one["after"]["scores"].get(name) for one in both]
                 without = [one["without"]["scores"].get(name) for one in both]
-                if not all(after):
+                if not all(after) or unasked(name, recipe):
                     continue
                 chance = after[0].get("chance")
                 value = mean(a["value"] for a in after)
@@ -230,7 +230,7 @@ def on_its_page(system: str, seeds: dict[int, dict[str, Any]], work: Path, docs:
         commands.append(f"interlace evaluate {name} furniture,food")
         after, without = one[recipe]["after"], one[recipe]["without"]
         parts.append(f"Fine-tuned for {KINDS[recipe]}, {after['steps']} steps, {after['seconds'] / 60:.1f} minutes:\n\n"
-                     f"{beside(after, without)}")  # fmt: skip
+                     f"{beside(after, without, recipe)}")  # fmt: skip
     log = [entry for entry in read_log(folder / "pretrained/log.jsonl") if "loss" in entry]
     told = ", ".join(f"{name} {first:.3g} to {last:.3g}" for name, first, last in losses(log))
     intro = (f"{pre['steps']} steps, seed {seed}, {pre['parameters'] / 1e6:.1f} M parameters, "
@@ -249,11 +249,16 @@ def on_its_page(system: str, seeds: dict[int, dict[str, Any]], work: Path, docs:
     onto_page(page, text, f"python -m bench.systems {system}")
 
 
-def beside(after: dict[str, Any], without: dict[str, Any]) -> str:
+def unasked(name: str, recipe: str) -> bool:
+    """A decoder that came with the run scores captions after any fine-tuning; only one of them was for captions."""
+    return name.startswith("captions") and recipe != "finetune-captions"
+
+
+def beside(after: dict[str, Any], without: dict[str, Any], recipe: str) -> str:
     lines = ["| measure, test split | score | 95% interval | chance | blind | without |",
              "| --- | ---: | :---: | ---: | ---: | ---: |"]  # fmt: skip
     for name, s in after["scores"].items():
-        if name.startswith("answers: ") or name.startswith("written answers: ") or "R@5" in name:
+        if name.startswith(("answers: ", "written answers: ")) or "R@5" in name or unasked(name, recipe):
             continue
         other = without["scores"].get(name, {}).get("value")
         cells = [f"{100 * s['value']:.1f}", f"{100 * s['low']:.1f} to {100 * s['high']:.1f}" if "low" in s else "",
