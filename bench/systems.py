@@ -216,37 +216,46 @@ def report(results: dict[str, dict[int, dict[str, Any]]], work: Path, source: So
 # -------------------------------------------------------------------------------------------------- a page per system
 
 
-def on_its_page(system: str, seeds: dict[int, dict[str, Any]], work: Path, docs: Path) -> None:
-    """The run of the first seed: commands, losses by step, and the scores it ends with."""
+def on_its_page(system: str, seeds: dict[int, dict[str, Any]], work: Path, docs: Path) -> str:
+    """The run of the first seed onto the system's page: commands, losses by step, what it ended with. Returns its
+    tables, for the page of all."""
     seed = next(iter(seeds))
     folder, one = work / f"{system}-{seed}", seeds[seed]
     pre, picture = one["pretrained"], docs / f"images/systems/{system}-loss.png"
     shutil.copyfile(folder / "pretrained/loss.png", picture)
-    commands = [f"interlace train {system}-small"]
-    parts = []
+    commands, tables, said = [f"interlace train {system}-small"], [], []
     for recipe in (*recipes_of(system), *WRITES.get(system, ())):
         name = f"runs/{system}-{recipe.removeprefix('finetune').strip('-') or 'tuned'}"
         commands.append(f"interlace train {recipe} model.start=runs/{system}-small train.out={name}")
-        commands.append(f"interlace evaluate {name} furniture,food")
         after, without = one[recipe]["after"], one[recipe]["without"]
-        parts.append(f"Fine-tuned for {KINDS[recipe]}, {after['steps']} steps, {after['seconds'] / 60:.1f} minutes:\n\n"
-                     f"{beside(after, without, recipe)}")  # fmt: skip
+        lasted = f"{after['steps']} steps, {after['seconds'] / 60:.1f} minutes"
+        tables.append(f"Fine-tuned for {KINDS[recipe]}, {lasted}:\n\n{beside(after, without, recipe)}")
+        said += headlines(after, without, recipe)
     log = [entry for entry in read_log(folder / "pretrained/log.jsonl") if "loss" in entry]
     told = ", ".join(f"{name} {first:.3g} to {last:.3g}" for name, first, last in losses(log))
     intro = (f"{pre['steps']} steps, seed {seed}, {pre['parameters'] / 1e6:.1f} M parameters, "
-             f"{pre['seconds'] / 60:.1f} minutes of training on one core of a busy machine. First and last log: "
-             f"{told}.")  # fmt: skip
-    text = "\n\n".join(["```\n" + "\n".join(commands) + "\n```", intro,
-                        f"![Losses by step](../images/systems/{system}-loss.png)",
-                        f"After pre-training:\n\n{pre['table']}" if pre["table"] else "", *parts,
-                        "Blind: pictures of other rows; for answers, captions and hidden words a white one too, and "
-                        "the higher counts. Without: the same fine-tuning of the same parts without the pre-training. "
-                        "All systems and seeds: [results](../results.md#the-ten-systems-small)."])  # fmt: skip
+             f"{pre['seconds'] / 60:.1f} minutes on one core of a busy machine; first and last log: {told}. Tuned, "
+             f"on the test split (in brackets the same without pre-training): {', '.join(said)}. "
+             f"[All figures](../runs.md#{system}), with chance and blind.")  # fmt: skip
+    figure = f"![Losses by step](../images/systems/{system}-loss.png)"
+    text = "\n".join(["```", *commands, "```", "", intro, "", figure])
     page = docs / f"systems/{system}.md"
-    before = page.read_text(encoding="utf-8")
-    head, _, _ = before.partition("\n## A run on the sample pictures")
+    head, _, _ = page.read_text(encoding="utf-8").partition("\n## A run on the sample pictures")
     page.write_text(head.rstrip() + "\n\n## A run on the sample pictures\n", encoding="utf-8")
     onto_page(page, text, f"python -m bench.systems {system}")
+    first = [f"After pre-training, {pre['steps']} steps:\n\n{pre['table']}"] if pre["table"] else []
+    return "\n\n".join([f"## {system}", *first, *tables])
+
+
+def headlines(after: dict[str, Any], without: dict[str, Any], recipe: str) -> list[str]:
+    """ "answers, accuracy 58.7 (47.8)" """
+    out = []
+    for name in HEADLINES:
+        if name in after["scores"] and not unasked(name, recipe) and "re-ranked" not in name:
+            other = without["scores"].get(name, {}).get("value")
+            bracket = "" if other is None else f" ({100 * other:.1f})"
+            out.append(f"{name} {100 * after['scores'][name]['value']:.1f}{bracket}")
+    return out
 
 
 def unasked(name: str, recipe: str) -> bool:
@@ -302,8 +311,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                      "results": {s: {str(k): v for k, v in one.items()} for s, one in results.items()}})  # fmt: skip
     if given.pages:
         onto_page(given.pages / "results.md", text, "python -m bench.systems")
-        for system, one in results.items():
-            on_its_page(system, one, given.work, given.pages)
+        runs = [on_its_page(system, one, given.work, given.pages) for system, one in results.items()]
+        onto_page(given.pages / "runs.md", "\n\n".join(runs), "python -m bench.systems")
     return {"results": results}
 
 

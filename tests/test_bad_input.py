@@ -188,7 +188,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_rows_and_losses(shapes
         train(made)
     bad = json.loads((tmp_path / "run/checkpoints/bad_batch.json").read_text())
     assert len(bad["ids"]) == 8 and all(row.count("-") == 2 for row in bad["ids"])
-    assert {"mlm", "itm"} <= bad["ranks"][0]["losses"].keys()
+    losses = bad["ranks"][0]["losses"].keys()  # one pass a step: that of hidden words and swaps, or that of both texts
+    assert {"mlm", "itm"} <= losses or "both/itm" in losses
 
 
 # --------------------------------------------------------------------------------------------------- data that changed

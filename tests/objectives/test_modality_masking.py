@@ -263,7 +263,10 @@ def test_conditions_hide_the_same_and_seeds_differ(learned, colours):
 
 def test_both_probes_as_plain_numbers(learned, colours):
     found = probe(learned, colours, limit=8)
-    assert set(found) == {"mlm_loss", "recon_loss"} and set(found["recon_loss"]) == {"paired", "random", "empty"}
+    assert set(found) == {"mlm_loss", "mlm_accuracy", "recon_loss"}
+    assert set(found["recon_loss"]) == {"paired", "random", "empty"}
+    right = found["mlm_accuracy"]
+    assert all(0 <= right[c]["value"] <= 1 for c in right) and right["paired"]["rows"] == 8
     other, own = found["mlm_loss"]["random"], found["mlm_loss"]["paired"]
     assert other["difference"] == pytest.approx(other["value"] - own["value"]) and 0 < other["p"] <= 1
     assert own["rows"] == 8 and "difference" not in own

@@ -288,8 +288,8 @@ def test_mistakes_are_explained(make, source, tmp_path):
         make(PrefixLM())
     with pytest.raises(UserError, match="learns by lm"):
         make(PrefixLM(), "blip")
-    with pytest.raises(UserError, match="reads the text or text and picture"):
-        make(GenerativeVQA(), "blip")
+    with pytest.raises(UserError, match=r"lm wants|reads the picture|reads the image"):
+        make(LM(), "blip", others=[GenerativeVQA()])
     with pytest.raises(UserError, match="vl_bert_meet"):
         make(PrefixLM(), "vl_bert")
     with pytest.raises(UserError, match=r"lm \(it reads the picture\), vqa_writes \(it reads text and picture\)"):
