@@ -94,15 +94,15 @@ def counted(scores: np.ndarray, wrong: np.ndarray, threshold: float) -> dict[str
             "recall": float(flagged[wrong].mean()), "area": area(scores, ~wrong)}  # fmt: skip
 
 
-def without(folder: Path, out: Path, gone: Callable[[dict[str, str]], bool]) -> Path:
-    """The table without some rows."""
+def rewritten(folder: Path, out: Path, change: Callable[[dict[str, str]], dict[str, str] | None]) -> Path:
+    """The table with its rows changed; None leaves one out."""
     out.mkdir(parents=True, exist_ok=True)
     with open(folder / "pairs.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     with open(out / "pairs.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(row for row in rows if not gone(row))
+        writer.writerows(new for row in rows if (new := change(row)) is not None)
     return out
 
 
@@ -154,12 +154,12 @@ def experiment(source: Source, seed: int, work: Path, share: float, steps: int, 
                   named={"source": str(noisy_folder)})  # fmt: skip
         filters.append(by_folds(folder, by, folds, noisy))
         # the same verdicts, but what would be replaced is left out too: the filter alone
-        tables[f"kept by {by}"] = without(folder, work / f"kept-{by}", lambda row: row["verdict"] == "replace")
-    tables["wrong rows left out by the truth"] = without(noisy_folder, work / "truth",
-                                                         lambda row: row["corrupted"] == "yes")  # fmt: skip
-    tables["no row exchanged"] = clean = work / "clean"
-    if not (clean / "pairs.csv").is_file():
-        restored(noisy_folder, clean)
+        tables[f"kept by {by}"] = rewritten(folder, work / f"kept-{by}",
+                                            lambda row: None if row["verdict"] == "replace" else row)  # fmt: skip
+    tables["wrong rows left out by the truth"] = rewritten(noisy_folder, work / "truth",
+                                                           lambda row: None if row["corrupted"] == "yes" else row)
+    tables["no row exchanged"] = rewritten(noisy_folder, work / "clean",
+                                           lambda row: {**row, "caption": row["caption_true"], "corrupted": "no"})
     gained: list[Row] = []
     for name, table in tables.items():
         run = runs["composed"]
@@ -167,17 +167,6 @@ def experiment(source: Source, seed: int, work: Path, share: float, steps: int, 
             run = pretrained("composed", work / f"again-{table.name}", table, seed, steps, more)
         gained.append({"learnt from": name, **what_is_in(table), **retrieval(run, noisy)})
     return {"seed": seed, "found": filters, "gained": gained}
-
-
-def restored(folder: Path, out: Path) -> None:
-    """The table with its true captions."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(folder / "pairs.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    with open(out / "pairs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({**row, "caption": row["caption_true"], "corrupted": "no"} for row in rows)
 
 
 def summary(seeds: list[dict[str, Any]]) -> tuple[list[Row], list[Row]]:

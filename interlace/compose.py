@@ -16,7 +16,7 @@ from interlace.embed.base import Embedder
 from interlace.embed.patches import Patches
 from interlace.embed.stem import ImageStem, ImageTower, TextStem, TextTower
 from interlace.errors import UserError
-from interlace.heads import Answers
+from interlace.heads.pair import start_answers
 from interlace.layers import Width
 from interlace.model import VLModel
 from interlace.objectives.base import Objective
@@ -66,7 +66,7 @@ def compose(what: Composition, objectives: list[Objective], augment: Augment | N
         nn.init.eye_(model.contrast.text.weight)
         nn.init.eye_(model.contrast.image.weight)
     if "answers" in model.heads:
-        cast(Answers, model.heads["answers"]).start()
+        start_answers(model.heads["answers"])
     if model.decoder is not None:
         model.decoder.start(word_table(model))
     return model, _processor(what, config, tokenizer, augment or Augment())

@@ -69,7 +69,8 @@ def write_run(folder: Path, model: VLModel, line: Preset, tokenizer: PreTrainedT
     longest = min(LONGEST, getattr(words, "positions", LONGEST))
     if hasattr(pixels, "size"):
         size = pixels.size
-        processor = Processor(tokenizer, size, list(pixels.mean), list(pixels.std), FITS.get(system, "squash"), longest)
+        mean, std = getattr(pixels, "mean", (0.0,) * 3), getattr(pixels, "std", (1.0,) * 3)  # MLIM takes pixels as such
+        processor = Processor(tokenizer, size, list(mean), list(std), FITS.get(system, "squash"), longest)
     else:  # a detector of the release found its regions, which is not here
         whole = system in ("vilbert", "vl_bert")
         processor = Processor(tokenizer, max_length=longest,

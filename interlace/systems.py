@@ -3,7 +3,6 @@ BERT's kind, grid cells of an image tower stand where the paper has regions and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -24,6 +23,7 @@ from interlace.embed.regions import RegionEmbedder
 from interlace.embed.stem import ImageStem
 from interlace.embed.words import Words
 from interlace.errors import UserError
+from interlace.heads.pair import start_answers
 from interlace.layers import Width
 from interlace.model import VLModel
 from interlace.objectives.base import Objective
@@ -175,14 +175,6 @@ def start_from(model: nn.Module, tensors: Mapping[str, Tensor], keys: Keys) -> l
     return filled
 
 
-def start_answers(model: VLModel) -> None:
-    """One answer of many is right: an answer head begins there, or the first steps only learn that most are wrong, so
-    loudly that all else the model knew is drowned (Lin et al. 2017, arXiv:1708.02002, section 4.1)."""
-    last = getattr(model.heads["answers"], "out", None) if "answers" in model.heads else None
-    if isinstance(last, nn.Linear) and last.bias is not None:
-        nn.init.constant_(last.bias, -math.log(max(last.out_features - 1, 1)))
-
-
 def spread(model: nn.Module, tensors: dict[str, Tensor], keys: Keys) -> dict[str, Tensor]:
     """A tower's tensors, its layers as many as the system starts from it: of more, those spread evenly from the first
     to the last (Sanh et al. 2019, arXiv:1910.01108, section 3). The first ones alone would leave out what makes a
@@ -229,7 +221,8 @@ def build_system(what: Composition, objectives: list[Objective], augment: Augmen
                     started.append(copy)
     if started:
         quiet_branches(model, set(started))
-    start_answers(model)
+    if "answers" in model.heads:
+        start_answers(model.heads["answers"])
     model.started = tuple(started)
     print(_what_started(what, config, parts, started))
     processor = small_processor(what, config, parts.tokenizer, augment or Augment())
@@ -337,7 +330,7 @@ def build_from_run(what: Composition, objectives: list[Objective], augment: Augm
     fresh = sorted({".".join(name.split(".")[:2]) for name in state if name not in kept})
     model.anew = tuple(fresh)
     if "heads.answers" in fresh:
-        start_answers(model)
+        start_answers(model.heads["answers"])
     print(f"starts from the run {what.start}: {len(kept)} tensors" + (f"; new: {', '.join(fresh)}" if fresh else ""))
     processor = before.processor
     if regions is not None and not processor.regions:

@@ -243,10 +243,11 @@ def _align_new_contrast(settings: Settings, learner: Learner, samples: Samples, 
     new = "heads.contrast" in learner.anew if settings.model.start else bool(settings.model.system)
     if not (settings.model.align and new and "contrast" in learner.heads):
         return
+    if newest_complete(Path(settings.train.out).expanduser() / CHECKPOINTS, warn=lambda line: None) is not None:
+        return  # the checkpoint has a head that went on from there
     strength = align_contrast(learner, samples, collate)
-    if strength is None:
-        return
-    print(f"contrast starts aligned: ridge regression, strength {strength:g} by cross-validation")
+    if strength is not None:
+        print(f"contrast starts aligned: ridge regression, strength {strength:g} by cross-validation")
 
 
 def make_learner(settings: Settings, passes: list[Pass]) -> tuple[Learner, Processor]:

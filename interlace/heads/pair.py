@@ -72,7 +72,11 @@ class Answers(Pair):
         super().__init__(text, image, hidden=2 * min(text, image), out=labels)
         self.labels = labels
 
-    def start(self) -> None:
-        # one answer in `labels` is right: begin there, or the first steps only learn that most answers are wrong
-        # (Lin et al. 2017, arXiv:1708.02002, section 4.1)
-        nn.init.constant_(self.out.bias, -math.log(max(self.labels - 1, 1)))
+
+def start_answers(head: nn.Module) -> None:
+    """One answer of many is right: an answer head, a preset's own too, begins there, or the first steps only learn that
+    most are wrong, so loudly that all else the model knew is drowned (Lin et al. 2017, arXiv:1708.02002, section
+    4.1)."""
+    last = getattr(head, "out", None)
+    if isinstance(last, nn.Linear) and last.bias is not None:
+        nn.init.constant_(last.bias, -math.log(max(last.out_features - 1, 1)))

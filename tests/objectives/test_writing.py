@@ -288,7 +288,9 @@ def test_mistakes_are_explained(make, source, tmp_path):
         make(PrefixLM())
     with pytest.raises(UserError, match="learns by lm"):
         make(PrefixLM(), "blip")
-    with pytest.raises(UserError, match=r"lm wants|reads the picture|reads the image"):
+    with pytest.raises(UserError, match="reads the text or text and picture"):
+        make(GenerativeVQA(), "vision_encoder_decoder")
+    with pytest.raises(UserError, match=r"lm wants a decoder that reads the picture, .* one that reads the text"):
         make(LM(), "blip", others=[GenerativeVQA()])
     with pytest.raises(UserError, match="vl_bert_meet"):
         make(PrefixLM(), "vl_bert")

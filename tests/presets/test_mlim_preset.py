@@ -15,6 +15,7 @@ from interlace.model import VLModel
 from interlace.objectives.mlm import masked_words
 from interlace.objectives.reconstruct import pixel_losses
 from interlace.presets import mlim
+from interlace.run import Run
 
 MASK = 4
 
@@ -112,7 +113,7 @@ def test_it_starts_as_bert(names):
     torch.testing.assert_close(out.pooled_text, pooled, atol=1e-5, rtol=1e-5)
 
 
-def test_a_folder_of_bert_is_converted(tmp_path, capsys):
+def test_a_folder_of_bert_is_converted(text_tower, tmp_path, capsys):
     torch.manual_seed(0)
     sizes = {"vocab_size": 99, "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12,
              "intermediate_size": 96, "max_position_embeddings": 24}  # fmt: skip
@@ -127,6 +128,10 @@ def test_a_folder_of_bert_is_converted(tmp_path, capsys):
         expected = theirs(ids).prediction_logits
         got = model.heads["mlm"](model.fuse(model.half_text(ids), None).text, model.text.words.weight)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    given = ["--preset", "mlim_base", "--tokenizer", str(text_tower)]  # with words it is a run
+    assert main(["convert", str(tmp_path / "bert"), str(tmp_path / "run"), *given]) == 0
+    processor = Run.load(tmp_path / "run").processor
+    assert (processor.size, processor.mean, processor.std) == (224, [0.0] * 3, [1.0] * 3)  # its CNN takes 0 to 1
 
 
 # ------------------------------------------------------------------------------------------------------------- the CNN
