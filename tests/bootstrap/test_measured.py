@@ -43,9 +43,18 @@ def test_what_is_in_a_table_is_counted_by_the_truth(cleaned, noisy):
 
 
 def test_the_best_there_could_be_is_the_table_without_its_wrong_rows(noisy_folder, noisy, tmp_path):
-    best = open_source(capfilt.without(noisy_folder, tmp_path / "truth", lambda row: row["corrupted"] == "yes"))
+    best = open_source(capfilt.rewritten(noisy_folder, tmp_path / "truth",
+                                         lambda row: None if row["corrupted"] == "yes" else row))  # fmt: skip
     assert len(noisy) - len(best) == sum(noisy.attribute("corrupted")) and not any(best.attribute("corrupted"))
     assert len(best.indices("test")) == len(noisy.indices("test"))
+
+
+def test_the_table_before_anything_was_exchanged(noisy_folder, noisy, few, tmp_path):
+    whole = open_source(capfilt.rewritten(noisy_folder, tmp_path / "whole",
+                                          lambda row: {**row, "caption": row["caption_true"], "corrupted": "no"}))
+    true = {pair.id: pair.caption for pair in open_source(few).pairs()}
+    assert {pair.id: pair.caption for pair in whole.pairs()} == true
+    assert any(pair.caption != true[pair.id] for pair in noisy.pairs())
 
 
 def test_seeds_are_shown_by_mean_and_range():

@@ -290,8 +290,9 @@ def test_mistakes_are_explained(make, source, tmp_path):
         make(PrefixLM(), "blip")
     with pytest.raises(UserError, match="reads the text or text and picture"):
         make(GenerativeVQA(), "vision_encoder_decoder")
-    with pytest.raises(UserError, match=r"lm wants a decoder that reads the picture, .* one that reads the text"):
-        make(LM(), "blip", others=[GenerativeVQA()])
+    both, _ = make(GenerativeVQA(), "blip")  # its decoder reads the question now
+    with pytest.raises(UserError, match="lm wants a decoder that reads the picture, and this model has one that reads"):
+        both.learn_by([Pass([(LM(), 1.0)])])
     with pytest.raises(UserError, match="vl_bert_meet"):
         make(PrefixLM(), "vl_bert")
     with pytest.raises(UserError, match=r"lm \(it reads the picture\), vqa_writes \(it reads text and picture\)"):
