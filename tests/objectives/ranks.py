@@ -1,4 +1,4 @@
-"""One step of the real trainer, its gradients and weights kept. Run by torchrun for two ranks, and in the test's own
+"""Steps of the real trainer, the last one's gradients and the weights after it kept. Run by torchrun for two ranks, and in the test's own
 process for one:
 
     torchrun --nproc-per-node 2 -m tests.objectives.ranks job.json
@@ -44,6 +44,8 @@ def settings(case: dict[str, Any], ranks: int, accumulate: int, out: Path) -> Se
     """A recipe at toy size, all its passes in the step, and an optimiser that is smooth in the gradient: AdamW's first
     step is its sign otherwise, and a rounding error as large as the learning rate."""
     made = load_settings(case["recipe"])
+    if "passes" in case:  # the recipe's system, other objectives
+        made.passes, made.objectives = case["passes"], {}
     image = "patches" if made.model.image == "patches" else case["image"]
     made.model = Composition(system=made.model.system, text=case["text"], image=image, width=32, heads=4, layers=2,
                              size=64, patch=16, dropout=0.0, max_length=16, align=False)  # fmt: skip
@@ -53,7 +55,8 @@ def settings(case: dict[str, Any], ranks: int, accumulate: int, out: Path) -> Se
         if objectives.get("itm", {}).get("negatives") in ("hard", "both"):
             objectives["itm"]["among"] = "batch"  # else it depends on the micro-batch by what it says
     t = made.train
-    t.out, t.steps, t.batch, t.accumulate, t.mix, t.evaluate = str(out), 1, ROWS // ranks, accumulate, "sum", False
+    t.out, t.steps, t.batch, t.accumulate = str(out), case.get("steps", 1), ROWS // ranks, accumulate
+    t.mix, t.evaluate = "sum", False
     t.eps, t.clip, t.warmup, t.schedule, t.weight_decay, t.bf16, t.log_every = 1e-3, 0.0, 0.0, "constant", 0.0, False, 1
     return made
 
@@ -68,12 +71,13 @@ def without_dropout(given: Settings, passes: list) -> module.Made:
 
 
 def step(case: dict[str, Any], ranks: int, accumulate: int, out: Path) -> None:
-    """Writes `out.safetensors` (gradients and weights) and `out.json` (losses)."""
+    """Writes `out.safetensors` (gradients, weights, what objectives keep beside them) and `out.json` (losses)."""
 
     def keep(_out, _settings, learner, processor, source, trainer) -> None:
         weights = {f"weight {n}": p.detach().clone() for n, p in learner.named_parameters() if p.requires_grad}
-        save_file({**trainer.kept.gradients, **weights}, out.with_suffix(".safetensors"))
-        logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        beside = {f"beside {n}": x.clone() for n, x in learner.beside_tensors().items()}
+        save_file({**trainer.kept.gradients, **weights, **beside}, out.with_suffix(".safetensors"))
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
         out.with_suffix(".json").write_text(json.dumps(logged))
 
     before = module.VLTrainer, module.finish
