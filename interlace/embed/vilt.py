@@ -100,7 +100,8 @@ class ViLTPatchEmbedding(PatchEmbedding):
             out[(high == h) & (wide == w), :, :h, :w] = grid
         return out
 
-    def embed(self, pixels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def embed(self, pixels: Tensor, mask: Tensor | None = None,
+              hidden: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """-> patches with positions (B, 1+K, D), their mask (B, 1+K), and their row and column (B, K, 2)."""
         check_pixels(pixels, self.patch)
         if mask is not None and mask.shape != (len(pixels), *pixels.shape[-2:]):
@@ -108,6 +109,11 @@ class ViLTPatchEmbedding(PatchEmbedding):
                             "it has a number for each pixel, not for each patch.")  # fmt: skip
         cells = self.project(pixels)  # (B, D, h, w)
         width = cells.shape[-1]
+        if hidden is not None:
+            if self.training and self.most:
+                raise UserError("patches cannot be hidden where most of them are left out in training: set the image's "
+                                "`most` to 0.")  # fmt: skip
+            cells = torch.where(hidden.unflatten(1, cells.shape[-2:]).unsqueeze(1), self.hidden.mT.unsqueeze(-1), cells)
         real = self.grid(mask) if mask is not None else torch.ones_like(cells[:, 0], dtype=torch.bool)
         order = self.order(real)  # (B, K)
         x = (cells + self.stretched(real if mask is not None else real[:1])).flatten(2).transpose(1, 2)  # (B, h*w, D)
@@ -117,9 +123,10 @@ class ViLTPatchEmbedding(PatchEmbedding):
         return torch.cat([first, x], 1), kept, torch.stack([order // width, order % width], -1)
 
     def forward(  # type: ignore[override]
-        self, pixels: Tensor, mask: Tensor | None = None, image: int = 0
+        self, pixels: Tensor, mask: Tensor | None = None, image: int = 0, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W), normalised, and the mask of their pixels (B, H, W), None = nothing is padded
-        -> (B, 1+K, D), mask (B, 1+K). `image`: which of a text's pictures these are."""
-        x, kept, _ = self.embed(pixels, mask)
+        -> (B, 1+K, D), mask (B, 1+K). `image`: which of a text's pictures these are. `hidden`
+        (B, h*w) bool, row by row: patches that become the one vector for what is to be guessed."""
+        x, kept, _ = self.embed(pixels, mask, hidden)
         return self.dropout(x) + self.modality[image], kept

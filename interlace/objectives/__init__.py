@@ -10,6 +10,7 @@ from interlace.objectives.itm import ITM
 from interlace.objectives.lm import LM
 from interlace.objectives.mlm import MLM
 from interlace.objectives.modality_masking import MAM, ModalityDropout
+from interlace.objectives.mpp import MPP
 from interlace.objectives.mvm import MRC, MRCKL, MRFR, MVRC
 from interlace.objectives.prefix_lm import PrefixLM
 from interlace.objectives.reconstruct import Recon
@@ -18,6 +19,6 @@ from interlace.objectives.vqa import VQA
 from interlace.objectives.vqa_writes import GenerativeVQA
 from interlace.objectives.wra import WPA, WRA
 
-__all__ = ["ITC", "ITM", "LM", "MAM", "MLM", "MRC", "MRCKL", "MRFR", "MVRC", "VQA", "WPA", "WRA", "AnswerQuestions",
-           "Batch", "Binding", "GenerativeVQA", "ModalityDropout", "MomentumITC", "Objective", "Pass", "PrefixLM",
-           "Recon", "RegionLabels", "Scored", "SigmoidITC", "Views", "build_objective"]  # fmt: skip
+__all__ = ["ITC", "ITM", "LM", "MAM", "MLM", "MPP", "MRC", "MRCKL", "MRFR", "MVRC", "VQA", "WPA", "WRA",
+           "AnswerQuestions", "Batch", "Binding", "GenerativeVQA", "ModalityDropout", "MomentumITC", "Objective",
+           "Pass", "PrefixLM", "Recon", "RegionLabels", "Scored", "SigmoidITC", "Views", "build_objective"]  # fmt: skip

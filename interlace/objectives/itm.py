@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class ITM(Objective):
              encoded again, the pictures read again: about twice the halves. The loss and its gradient are those of one
              process with the whole batch, but for dropout, which falls elsewhere on what is encoded a second time.
     Lots are drawn by (seed, epoch, row).
+
+    `alike`, whose vectors say what is alike:
+      online    the model's own, on both sides.
+      momentum  the model's of the row, the slow copy's (itc_momentum) of what is found: BLIP's pre-training.
     """
 
     name = "itm"
@@ -44,14 +48,16 @@ class ITM(Objective):
     stage = 1
     match: ClassVar[int] = 1  # the class that says "match"
 
-    def __init__(self, negatives: str = "drawn", rate: float = 0.5, among: str = "micro"):
+    def __init__(self, negatives: str = "drawn", rate: float = 0.5, among: str = "micro", alike: str = "online"):
         if negatives not in ("drawn", "hard", "both", "swap"):
             raise UserError(f"{self.name}.negatives is drawn, hard, both or swap; got {negatives!r}.")
         if not 0 < rate < 1:
             raise UserError(f"{self.name}.rate is the share of swapped captions, above 0 and below 1; got {rate}.")
         if among not in ("micro", "batch"):
             raise UserError(f"{self.name}.among is micro or batch; got {among!r}.")
-        self.negatives, self.rate, self.among = negatives, rate, among
+        if alike not in ("online", "momentum"):
+            raise UserError(f"{self.name}.alike is online or momentum; got {alike!r}.")
+        self.negatives, self.rate, self.among, self.alike = negatives, rate, among, alike
         self.fused = negatives == "swap"  # type: ignore[misc]  # of an instance: the other modes fuse rows of their own
 
     def check(self, model: VLModel) -> None:
@@ -59,6 +65,13 @@ class ITM(Objective):
         if self.negatives in ("hard", "both") and "contrast" not in model.heads:
             raise UserError(f"{self.name} with hard negatives ranks them by contrast similarity: add the itc objective "
                             f"(or itc_momentum, itc_sigmoid), or set objectives.{self.name}.negatives=drawn.")
+        if self.mines_slowly and not any(o.name == "itc_momentum" for o, _ in getattr(model, "objectives", [])):
+            raise UserError(f"{self.name}.alike=momentum compares with the vectors of the slow copy that itc_momentum "
+                            f"keeps: add that objective, or leave {self.name}.alike at online.")  # fmt: skip
+
+    @property
+    def mines_slowly(self) -> bool:
+        return self.negatives in ("hard", "both") and self.alike == "momentum"
 
     def check_batch(self, batch: int, micro: int, rows: int) -> None:
         looked = batch if self.among == "batch" else micro
@@ -144,8 +157,20 @@ class ITM(Objective):
         with torch.no_grad():
             lots = views.part.get("lots")
             lots = torch.rand(views.size, 2, device=batch["group"].device) if lots is None else lots
+            found = self.candidates(model, batch, views)
             return hard_negatives(slice(None), views.vector("caption"), views.vector("image"), batch["group"],
-                                  batch["caption_real"], lots, model.contrast.scale)  # fmt: skip
+                                  batch["caption_real"], lots, model.contrast.scale, *found)  # fmt: skip
+
+    def candidates(self, model: VLModel, batch: Batch, views: Views) -> tuple[Tensor, ...]:
+        """What the slow copy says of these rows' texts and images, (B, P) each, where it is asked; else nothing."""
+        if not self.mines_slowly:
+            return ()
+        objective: Any = next(o for o, _ in model.objectives if o.name == "itc_momentum")  # type: ignore[union-attr]
+        whole = views.whole(objective)
+        if whole is not None:  # it looked at these rows already
+            return whole.rows["text"][whole.own], whole.rows["image"][whole.own]
+        slowly = Views(objective.slow(model).model, batch)
+        return slowly.vector("caption"), slowly.vector("image")
 
     # ------------------------------------------------------------------------------------------ among the whole batch
 
@@ -155,15 +180,17 @@ class ITM(Objective):
     def look(self, model: VLModel, batch: Batch, views: Views) -> dict[str, Tensor]:
         names = ("caption_ids", "caption_states", "caption_mask")
         words: dict[str, Tensor] = {name: batch[name] for name in names if name in batch}
-        return {"image": views.vector("image"), "text": views.vector("caption"), "group": batch["group"],
+        slow = dict(zip(("slow_text", "slow_image"), self.candidates(model, batch, views)))
+        return {"image": views.vector("image"), "text": views.vector("caption"), "group": batch["group"], **slow,
                 "real": batch["caption_real"], "lots": views.part["lots"], "item": batch["item"], **words}  # fmt: skip
 
     @torch.no_grad()
     def settle(self, model: VLModel, rows: dict[str, Tensor]) -> tuple[Tensor, ...]:
         n = len(rows["group"])
         blocks = [slice(at, at + max(1, PAIRS // n)) for at in range(0, n, max(1, PAIRS // n))]
+        slow = [rows[name] for name in ("slow_text", "slow_image") if name in rows]
         chosen = [hard_negatives(of, rows["text"], rows["image"], rows["group"], rows["real"], rows["lots"],
-                                 model.contrast.scale) for of in blocks]  # fmt: skip
+                                 model.contrast.scale, *slow) for of in blocks]  # fmt: skip
         return tuple(torch.cat(column) for column in zip(*chosen))
 
     def wants(self, whole: Whole) -> Tensor:
@@ -174,14 +201,17 @@ class ITM(Objective):
         return Views(model, {key: x[which] for key, x in rows.items() if key.startswith("caption_")}).text("caption")
 
 
-def hard_negatives(of: slice, text: Tensor, image: Tensor, group: Tensor, real: Tensor, lots: Tensor,
-                   scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def hard_negatives(of: slice, text: Tensor, image: Tensor, group: Tensor, real: Tensor, lots: Tensor, scale: Tensor,
+                   texts: Tensor | None = None,
+                   images: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """text, image (N, P), group, real (N,), lots (N, 2) from 0 to below 1. For the R rows of the slice `of`: the number
-    of a wrong text (R,), of a wrong image (R,), and whether there is one at all (R,) bool."""
+    of a wrong text (R,), of a wrong image (R,), and whether there is one at all (R,) bool. `texts`, `images` (N, P):
+    other vectors of the same rows, to be found instead."""
+    texts, images = text if texts is None else texts, image if images is None else images
     wrong = group[of, None] != group[None, :]  # (R, N)
     with torch.autocast(text.device.type, enabled=False):
-        to_image = (torch.softmax(scale * text[of] @ image.T, 1) + 1e-8) * wrong
-        to_text = (torch.softmax(scale * image[of] @ text.T, 1) + 1e-8) * wrong * real[None, :]
+        to_image = (torch.softmax(scale * text[of] @ images.T, 1) + 1e-8) * wrong
+        to_text = (torch.softmax(scale * image[of] @ texts.T, 1) + 1e-8) * wrong * real[None, :]
     found = wrong.any(1) & (wrong & real[None, :]).any(1)
     # a row that has no negative still needs a distribution to draw from; `found` takes it out of the loss
     to_image, to_text = to_image + (~found)[:, None], to_text + (~found)[:, None]

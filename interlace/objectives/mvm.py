@@ -136,6 +136,10 @@ class MRFR(MaskedRegions):
     head = "mrfr"
 
     def head_for(self, text, image) -> dict:
+        """Raises UserError for patches, which nothing has described."""
+        if not (hasattr(image, "channels") or hasattr(image, "features")):
+            raise UserError(f"{self.name} guesses the features of regions or cells, and those of the image part "
+                            f"{image.name!r} are pixels: take mpp, or a tower as model.image.")  # fmt: skip
         labels = image.channels if hasattr(image, "channels") else image.features
         return {"kind": "transformed", "labels": labels, "stream": "image"}
 

@@ -129,7 +129,8 @@ def tiny(make: Callable[..., VLConfig] = blip, **changes: Any) -> VLConfig:
 
 
 PRETRAIN: list[dict[str, Any]] = [  # section 3.2; one forward, equal weights
-    {"itc_momentum": {"momentum": 0.995, "queue": 57600, "alpha": 0.4, "ramp": 2.0}, "itm": {"negatives": "hard"},
+    {"itc_momentum": {"momentum": 0.995, "queue": 57600, "alpha": 0.4, "ramp": 2.0},
+     "itm": {"negatives": "hard", "alike": "momentum"},
      "lm": {"smoothing": 0.1}},
 ]  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""Steps of the real trainer, the last one's gradients and the weights after it kept. Run by torchrun for two ranks, and in the test's own
-process for one:
+"""Steps of the real trainer, the last one's gradients and the weights after it kept. Run by torchrun for two ranks,
+and in the test's own process for one:
 
     torchrun --nproc-per-node 2 -m tests.objectives.ranks job.json
 """

@@ -19,10 +19,12 @@ SMALL = ["uniter-small", "visual_bert-small", "vl_bert-small", "lxmert-small", "
          "blip-small", "mlim-small", "vision_encoder_decoder-small", "clip-small"]  # fmt: skip
 FULL = ["uniter", "vl_bert", "lxmert", "vilbert"]  # what a detector believes is guessed there alone
 HARD = {"itm": {"negatives": "hard"}}
+SLOWLY = {"itm": {"negatives": "hard", "alike": "momentum"}}
 MORE = {  # what no recipe of these learns by: a system, and its passes
-    "momentum": ("blip-small", [{"itc_momentum": {"size": 8, "queue": 16, "ramp": 0.0}, **HARD}]),
+    "momentum": ("blip-small", [{"itc_momentum": {"size": 8, "queue": 16, "ramp": 0.0}, **SLOWLY}]),
     "sigmoid": ("clip-small", [{"itc_sigmoid": {"size": 8}}, HARD]),
     "hard": ("uniter-small", [{"itc": {"size": 8}}, HARD]),
+    "patches": ("vilt", [{"mpp": {"mask": 0.4}}]),
     "detected": ("uniter", [{"mrc": {}}]),
     "prefix": ("uniter-small", [{"prefix_lm": {}}]),
     "prefix-decoder": ("clip-small", [{"prefix_lm": {"decoder": 2}}]),

@@ -22,13 +22,15 @@ from interlace.objectives.itm import chosen_by, hard_negatives
 from interlace.objectives.whole import look_ahead, random_state, set_random_state
 
 GROUPS = [0, 0, 1, 2, 3, 4, 5, 1]
-NAMES = ["itc", "itc_sigmoid", "itc_momentum", "itm"]
+NAMES = ["itc", "itc_sigmoid", "itc_momentum", "itm", "itm_slowly"]
 
 
 def objectives(name):
     return {"itc": [ITC(size=8)], "itc_sigmoid": [SigmoidITC(size=8)],
             "itc_momentum": [MomentumITC(size=8, queue=16, momentum=0.9, ramp=0.0)],
-            "itm": [ITC(size=8), ITM("hard", among="batch")]}[name]  # fmt: skip
+            "itm": [ITC(size=8), ITM("hard", among="batch")],
+            "itm_slowly": [MomentumITC(size=8, queue=16, momentum=0.9, ramp=0.0),
+                           ITM("hard", among="batch", alike="momentum")]}[name]  # fmt: skip
 
 
 def learner(name, dropout=0.0):
@@ -215,6 +217,36 @@ def test_hard_negatives_are_the_alike_of_other_groups():
     assert hard_negatives(slice(2, 3), text, image, group, real, lots, torch.tensor(50.0))[0].item() != 3
 
 
+def test_what_is_found_may_have_other_vectors():
+    mine, slow = torch.eye(4), torch.eye(4)[[1, 0, 3, 2]]  # by the slow copy, each row is its neighbour
+    group, real, lots = torch.arange(4), torch.ones(4, dtype=torch.bool), torch.full((4, 2), 0.5)
+    wrong_text, wrong_image, _ = hard_negatives(slice(None), mine, mine, group, real, lots, torch.tensor(50.0), slow,
+                                                slow)  # fmt: skip
+    assert wrong_text.tolist() == [1, 0, 3, 2] == wrong_image.tolist()
+
+
+@pytest.mark.parametrize("looked", [True, False])
+def test_the_slow_copy_s_neighbours_are_the_hard_negatives(looked):
+    model, full = learner("itm_slowly"), batch(list(range(8)))
+    (momentum, _), (itm, _) = model.objectives
+    itm.among = "micro"
+    model.before_step(1.0)
+    full["parts"][1]["lots"] = torch.full((8, 2), 0.5)
+    views = Views(model, full, full["parts"][1], model.passes[1])
+    if looked:
+        (views.ahead,) = look_ahead(model, [full], 1)
+    image, text = torch.eye(8)[:, :8], torch.eye(8)[[1, 0, 3, 2, 5, 4, 7, 6]]
+    views._vectors = {"image": image, "caption": text}  # online, rows are alike in pairs
+    online = ITM("hard").mine(model, full, views)
+    slowly = itm.mine(model, full, views)
+    copy = model.beside[momentum].model
+    own = Views(copy, full)
+    expected = hard_negatives(slice(None), text, image, full["group"], full["caption_real"], full["parts"][1]["lots"],
+                              model.contrast.scale, own.vector("caption"), own.vector("image"))  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(slowly, expected))
+    assert not torch.equal(slowly[0], online[0]) or not torch.equal(slowly[1], online[1])
+
+
 # ------------------------------------------------------------------------------------------------------------- options
 
 
@@ -225,6 +257,10 @@ def test_hard_negatives_are_the_alike_of_other_groups():
     (lambda: MomentumITC(alpha=1.5), "itc_momentum.alpha .* from 0 to 1; got 1.5"),
     (lambda: MomentumITC(queue=-1), "not below 0"),
     (lambda: ITM("hard", among="all"), "itm.among is micro or batch; got 'all'"),
+    (lambda: ITM("hard", alike="slow"), "itm.alike is online or momentum; got 'slow'"),
+    (lambda: learner("itc").learn_by([(ITC(), 1.0), (ITM("hard", alike="momentum"), 1.0)]), "needs the 'match' head"),
+    (lambda: learner("itm").learn_by([(ITC(), 1.0), (ITM("hard", alike="momentum"), 1.0)]),
+     "slow copy that itc_momentum keeps: add that objective"),
     (lambda: ITC().check_batch(1, 1, 100), "a batch of 1 has nothing to tell"),
     (lambda: SigmoidITC().check_batch(1, 1, 100), "a batch of 1 has nothing to tell"),
     (lambda: ITM("hard").check_batch(8, 1, 100), "objectives.itm.among=batch, or lower train.accumulate"),
