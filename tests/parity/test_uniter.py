@@ -16,8 +16,9 @@ from interlace.weights import load_foreign, save_foreign
 SYSTEM = "uniter"
 
 
-def build(golden, types=2, heads=None):
+def build(golden, types=0, heads=None):
     c = golden.config
+    types = types or c["type_vocab_size"]
     width = Width(c["hidden_size"], c["num_attention_heads"], c["intermediate_size"], activation=c["hidden_act"])
     words = Words(width, pool="tanh", vocabulary=c["vocab_size"], positions=c["max_position_embeddings"], types=types)
     heads = uniter.heads(c["vocab_size"], c["img_dim"], c["img_label_dim"]) if heads is None else heads
@@ -145,7 +146,8 @@ def test_ranking_starts_as_the_matching_class(golden, model):
     load_foreign(ranker, itm, uniter.KEYS)
     scores = ranker.heads["rank"](run(ranker, golden).pooled_text)
     golden.close(scores, "rank_scores")
-    golden.close(rank.margin_losses(scores.view(1, -1)), "rank_loss")
+    groups = len(golden.outputs["rank_loss"])  # each a pair and its negatives
+    golden.close(rank.margin_losses(scores.view(groups, -1)), "rank_loss")
 
 
 def test_referring_expressions(golden):
