@@ -48,7 +48,8 @@ class Extractor(Protocol):
 
 @dataclass
 class ExtractReport:
-    """What one run did. `skipped` has the first thousand (id, path, reason); all are in `skipped.jsonl`."""
+    """What one run did. `skipped` has the first thousand (id, path, reason); all are in `skipped.jsonl`, and so are
+    the first thousand rows that the source left out before, since their picture is missing, for instance."""
 
     folder: Path
     fingerprint: str
@@ -60,6 +61,8 @@ class ExtractReport:
     n_skipped: int = 0  # pictures
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
+    left_out: int = 0  # rows
+    left_out_first: tuple[int | str, str] | None = None  # (row, reason)
     regions: tuple[int, float, int] = (0, 0.0, 0)  # per picture in the store: least, mean, most
     bytes: int = 0  # of the store
     seconds: float = 0.0
@@ -98,6 +101,7 @@ def extract(source: Source, extractor: Extractor, out: str | Path, *, batch: int
         todo = run.plan(rows, progress)
         started = time.monotonic()
         with open(folder / SKIPPED, "w", encoding="utf-8") as file, _stop_signals() as stop:
+            run.list_left_out(file)
             run.go(todo, batch, file, stop, progress, commit_seconds, commit_bytes)
         report.seconds = time.monotonic() - started
         store = RegionStore.open(folder)
@@ -201,6 +205,14 @@ class _Run:
                 raise UserError(f"The disk that holds {self.writer.folder} is full. What was committed is intact: free "
                                 "some space and run the same command again.") from error  # fmt: skip
             raise
+
+    def list_left_out(self, file: Any) -> None:
+        """The rows that the source itself could not use, of whatever split: they have no picture to look at."""
+        problems = self.source.problems
+        self.report.left_out, self.report.left_out_first = self.source.n_problems, problems[0] if problems else None
+        for row, reason in problems:
+            file.write(json.dumps({"row": row, "reason": reason}, ensure_ascii=False) + "\n")
+        file.flush()
 
     def _skip(self, file: Any, id: str, path: str, reason: str) -> None:
         self.report.n_skipped += 1
@@ -326,6 +338,9 @@ def print_report(report: ExtractReport) -> None:
     for reason, count in report.reasons.most_common(8):
         example = next((path for _, path, why in report.skipped if why == reason), "")
         print(f"  skipped {count:,}: {reason}, for example {example}")
-    if report.n_skipped:
+    if report.left_out_first is not None:
+        row, reason = report.left_out_first
+        print(f"  left out by the table {report.left_out:,}: for example row {row}, {reason}")
+    if report.n_skipped or report.left_out:
         print(f"  all of them: {report.folder / SKIPPED}")
     print(f"fingerprint {report.fingerprint}: {describe(report.facts)}")

@@ -135,6 +135,16 @@ def test_bad_pictures_are_listed_with_their_reasons(photographs, tmp_path, capsy
     assert RegionStore.open(tmp_path / "out").missing(open_source(photographs)) == ["row0", "row2", "row3"]
 
 
+def test_rows_whose_picture_is_missing_are_listed_too(photographs, tmp_path, capsys):
+    (photographs / "p1.png").unlink()
+    report = extract(open_source(photographs), Means(), tmp_path / "out")
+    assert report.added == 4 and report.n_skipped == 0 and report.left_out == 1
+    listed = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert [one["reason"] for one in listed] == ["missing file: p1.png"] and "row" in listed[0]
+    said = capsys.readouterr().out
+    assert "left out by the table 1" in said and "missing file: p1.png" in said and "skipped.jsonl" in said
+
+
 def test_regions_that_are_not_finite_are_skipped(photographs, tmp_path):
     class Nan(Means):
         def __call__(self, pictures):
