@@ -120,6 +120,10 @@ class VLModel(LoadedWhole, PreTrainedModel):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None: heads and decoders read the words' table as well, so nothing may treat it as a part by itself (FSDP2
+        would gather it for its own forward alone)."""
+
     # ------------------------------------------------------------------------------------------ shape of the model
 
     @property

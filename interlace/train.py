@@ -166,6 +166,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     if trainer.stopped_by is not None:
         raise Stopped(f"stopped at step {trainer.state.global_step}; the same command resumes from {out / CHECKPOINTS}",
                       trainer.exit_code)  # fmt: skip
+    learner = trainer.whole_learner()
     if trainer.is_world_process_zero():  # the other ranks are done; their results are in rank 0's model
         finish(out, settings, learner, processor, source, trainer)
     return out

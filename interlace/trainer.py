@@ -24,6 +24,7 @@ from interlace.learner import Learner
 from interlace.objectives import Objective
 from interlace.objectives.whole import Ahead, look_ahead, set_random_state
 from interlace.settings import Settings
+from interlace.sharded import gathered, widen_scalars
 
 BESIDE = "beside.safetensors"  # in a checkpoint: what objectives keep and the model does not
 
@@ -46,6 +47,25 @@ class VLTrainer(SafeTrainer):
         self._partners: dict[Objective, Iterator[dict]] = {}
         self._left = 0  # micro-batches of this optimiser step
         self._unsynced: str | None = None  # the checkpoint whose random state is still to be taken up
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled:
+            # every rank has made the model; accelerate's way to give it to ranks that have not stops at buffers
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+            widen_scalars(self.learner)
+        return super().train(*args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:  # objectives look at a batch outside the forward that gathers the weights
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(self.learner, "look")
+        return prepared
+
+    def whole_learner(self) -> Learner:
+        """The learner with all its weights; where they are split over ranks, all ranks call this together."""
+        return gathered(self.learner) if self.is_fsdp_enabled else self.learner
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
         passes, mix = self.learner.passes, self.settings.train.mix

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from interlace.sharded import one_number
+
 
 class Contrast(nn.Module):
     """Both pooled vectors into one space. Radford et al. 2021 (CLIP), section 2.3.
@@ -27,7 +29,7 @@ class Contrast(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        return self.logit_scale.clamp(0, math.log(100)).exp()
+        return one_number(self.logit_scale).clamp(0, math.log(100)).exp()
 
     def project(self, pooled: Tensor, stream: str) -> Tensor:
         """(B, D) -> (B, P), L2-normalised. `stream`: "text" or "image"."""

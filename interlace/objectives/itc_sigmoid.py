@@ -13,6 +13,7 @@ from interlace.model import VLModel
 from interlace.objectives.base import Batch, Objective, Scored, Views
 from interlace.objectives.itc import at_least_two, checked_temperature
 from interlace.objectives.whole import Cached, add_up, cached, rank, world
+from interlace.sharded import one_number
 
 
 class SigmoidITC(Objective):
@@ -86,7 +87,7 @@ class SigmoidITC(Objective):
 
 
 def scale_and_bias(model: VLModel) -> list[Tensor]:
-    return [model.contrast.scale, model.contrast.bias]  # type: ignore[list-item]
+    return [model.contrast.scale, one_number(model.contrast.bias)]  # type: ignore[arg-type]
 
 
 def pairs(text: Tensor, image: Tensor, text_group: Tensor, text_real: Tensor, image_group: Tensor, image_real: Tensor,

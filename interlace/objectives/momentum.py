@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from interlace.config import VLConfig
 from interlace.errors import UserError
 from interlace.model import VLModel
+from interlace.sharded import on_one_rank
 
 
 class Momentum(nn.Module):
@@ -64,7 +65,7 @@ class Momentum(nn.Module):
         fast, statistics = dict(model.named_parameters()), dict(model.named_buffers())
         for name, slow in self.model.named_parameters():
             if name != "heads.contrast.temperature" and name != "heads.contrast.logit_scale":
-                slow.mul_(decay).add_(fast[name].detach(), alpha=1 - decay)
+                slow.mul_(decay).add_(on_one_rank(fast[name].detach()), alpha=1 - decay)
         for name, buffer in self.model.named_buffers():
             if name in statistics:
                 buffer.copy_(statistics[name])

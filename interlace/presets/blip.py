@@ -16,6 +16,7 @@ from interlace.embed.patches import Patches
 from interlace.embed.words import Words
 from interlace.heads import HEADS
 from interlace.layers import IMAGE, READ, Width, norm
+from interlace.sharded import one_number
 from interlace.systems import BERT_WORDS, Parts, bert_start
 
 
@@ -30,9 +31,10 @@ class Aligned(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        bounded = self.temperature.clamp(0.001, 0.5)
+        temperature = one_number(self.temperature)
+        bounded = temperature.clamp(0.001, 0.5)
         # at a bound it still learns, as in the release, which clamps the value itself before each step
-        return 1 / (self.temperature + (bounded - self.temperature).detach())
+        return 1 / (temperature + (bounded - temperature).detach())
 
     def project(self, pooled: Tensor, stream: str) -> Tensor:
         """(B, D) -> (B, P), L2-normalised."""
