@@ -85,15 +85,21 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="train", choices=["train", "val", "test"], help="whose captions")
     sub.add_argument("--seed", type=int, default=0)
 
+    def short(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--batch", metavar="ROWS", help="the same as train.batch=ROWS")
+        sub.add_argument("--memory", metavar="SIZE", help="the same as train.memory=SIZE: 8GB; cuts the batch to fit")
+
     sub = verb("train", do.train_run, "train, or resume, a run")
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped recipe (demo)")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    short(sub)
 
     sub = verb("doctor", do.examine_config, "before a run: can it work? texts, batches, gradients, eight rows by "
                "heart, time and memory")  # fmt: skip
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped recipe, as for train")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
     sub.add_argument("--seconds", type=float, default=120, help="at most so long on learning by heart")
+    short(sub)
 
     sub = verb("evaluate", do.evaluate_run, "score a run on held-out rows, beside chance and blind")
     sub.add_argument("run")
@@ -225,8 +231,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """As argparse does, but key=value may stand after a flag, too, and flags for two keys are those keys."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if "overrides" in args:
+        args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if "=" not in word or word.startswith("-")]
+        args.overrides += [f"train.{key}={value}" for key in ("batch", "memory")
+                           if (value := getattr(args, key, None)) is not None]  # fmt: skip
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         return args.run_verb(args)
     except UserError as error:

@@ -10,9 +10,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from interlace.cli import main
+from interlace.cli import main, parse
 from interlace.run import Run
 from interlace.search import Index
+from interlace.settings import load_settings
+
+
+def test_keys_may_stand_after_a_flag_and_two_have_flags_of_their_own(capsys):
+    args = parse(["doctor", "demo", "train.lr=1e-3", "--seconds", "5", "data.source=a=b", "--batch", "4096"])
+    assert (args.config, args.seconds) == ("demo", 5)
+    assert args.overrides == ["train.lr=1e-3", "data.source=a=b", "train.batch=4096"]
+    args = parse(["train", "--batch", "4096", "--memory", "8GB", "demo"])
+    assert args.config == "demo" and args.overrides == ["train.batch=4096", "train.memory=8GB"]
+    settings = load_settings(args.config, args.overrides)
+    assert settings.train.batch == 4096 and settings.train.memory == "8GB"
+    for wrong in (["train", "demo", "--bacth=3"], ["doctor", "demo", "--seconds", "5", "c"], ["data", "get", "--x=1", "a"]):
+        with pytest.raises(SystemExit):
+            parse(wrong)
+        assert "unrecognized arguments: " in capsys.readouterr().err
 
 
 @pytest.fixture
