@@ -106,6 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     source(sub)
     sub.add_argument("--split", default="test", choices=["train", "val", "test"])
     sub.add_argument("--limit", type=int, default=10_000, help="rows at the most, sampled with a fixed seed")
+    sub.add_argument("--regions", help="of a run that reads regions: stored ones of these pictures, which are then not "
+                     "looked at")  # fmt: skip
     sub.add_argument("--out", help="write the numbers as JSON")
 
     sub = verb("binding", do.binding_run, "does a run know what stands where: scenes, their captions true and swapped")

@@ -11,38 +11,39 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from interlace.data.pictures import BadPicture, open_picture
+from interlace.data.pictures import BadPicture
 from interlace.data.rows import Source
 from interlace.held import Score, hold, readable, sample_rows, scored, shuffled
 from interlace.model import Half
-from interlace.run import Run, chunks
+from interlace.run import Run, Seen, chunks
 from interlace.tasks.captions import caption_scores
 from interlace.tasks.vqa_score import AnswerScore, chance_vqa, listed_accuracy
 
 WRITTEN = 300  # questions answered in the run's own words, one at a time
 CAPTIONED = 1000  # pictures a caption is written for: a word costs a forward
+BLIND = ("shuffled", "blank")  # pictures that say nothing about a question
 GUESSED = 100  # rows whose words are hidden one after the other
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
 
 
-Answerer = Callable[[list[Image.Image], list[str]], list[str]]  # pictures, questions -> answers
+Answerer = Callable[[list[Seen], list[str]], list[str]]  # pictures, questions -> answers
 
 
 def asked_of(run: Run, source: Source, split: str, limit: int, picture: str,
-             say: Callable[[list[Image.Image], list[str]], Iterable]) -> tuple[list, np.ndarray, list]:  # fmt: skip
+             say: Callable[[list[Seen], list[str]], Iterable]) -> tuple[list, np.ndarray, list]:  # fmt: skip
     """Questions of a split (Q,), their positions in the source (Q,) and what `say` answers, a batch at a time (Q,).
     `picture`: "own", "shuffled" (another group's) or "blank" (white)."""
     indices = np.asarray(sample_rows(source.question_indices(split), limit))
     questions = [source.question(int(i)) for i in indices]
     of = another_group(questions) if picture == "shuffled" else range(len(questions))
-    shown = [questions[n].picture for n in of]
+    shown = [(questions[n].pair_id, questions[n].picture) for n in of]
     kept: list[Any] = []
     said: list[Any] = []
     places: list[int] = []
     blank = Image.new("RGB", (run.processor.size, run.processor.size), "white")
-    cached: tuple[Any, Image.Image | None] = (None, None)
+    cached: tuple[Any, Seen | None] = (None, None)
 
     def with_pictures():
         nonlocal cached
@@ -52,7 +53,7 @@ def asked_of(run: Run, source: Source, split: str, limit: int, picture: str,
                 continue
             if ref != cached[0]:  # the questions about one picture follow each other
                 try:
-                    cached = (ref, open_picture(ref, size_hint=run.processor.size))
+                    cached = (ref, run.see(*ref))
                 except BadPicture:
                     cached = (ref, None)
             if cached[1] is not None:
@@ -102,8 +103,9 @@ def own_words(run: Run) -> Answerer:
 def answering(run: Run, source: Source, split: str, limit: int, blind: bool, say: Answerer,
               choices: Sequence[str] = ()) -> dict[str, Any]:  # fmt: skip
     """Accuracy, by kind, beside chance (the training majority, by kind) and the same model on a shuffled and a blank
-    picture. What is not among a question's answers, letter by letter but for capitals, counts as wrong. `choices`: the
-    list it answers from; how many questions have no answer in it is said, too."""
+    picture (on a shuffled one alone where it cannot look at new pictures). What is not among a question's answers,
+    letter by letter but for capitals, counts as wrong. `choices`: the list it answers from; how many questions have no
+    answer in it is said, too."""
 
     def score_of(picture: str) -> tuple[list, np.ndarray, AnswerScore]:
         asked, ids, said = asked_of(run, source, split, limit, picture, say)
@@ -118,7 +120,7 @@ def answering(run: Run, source: Source, split: str, limit: int, blind: bool, say
     chance = chance_vqa([q.answers for q in train], [q.kind for q in train], answers, kinds) if train else None
     majority = chance.majority_by_kind.overall if chance else None
     out: dict[str, Any] = {"accuracy": scored(score.per_question, groups, majority, ids=ids), "by_kind": {}}
-    dark = {picture: score_of(picture)[2] for picture in ("shuffled", "blank")} if blind else {}
+    dark = {picture: score_of(picture)[2] for picture in BLIND[: 1 + run.can_look]} if blind else {}
     if dark:
         out["accuracy"]["blind"] = max(s.overall for s in dark.values())
         out["accuracy"].update({picture: s.overall for picture, s in dark.items()})
@@ -151,7 +153,7 @@ def captioning(run: Run, source: Source, split: str, limit: int, blind: bool) ->
             first.setdefault((pair.group, hash(pair.picture)), int(place))
     rows = sample_rows(np.array(sorted(first.values()), dtype=np.int64), limit)
     ids, pairs, said = [], [], []
-    for chunk in chunks(readable(source, rows, run.processor.size, f"captioning {split}"), 32):
+    for chunk in chunks(readable(run, source, rows, f"captioning {split}"), 32):
         ids += [row for row, _, _ in chunk]
         pairs += [pair for _, pair, _ in chunk]
         said += run.caption([picture for _, _, picture in chunk])
@@ -161,8 +163,11 @@ def captioning(run: Run, source: Source, split: str, limit: int, blind: bool) ->
     right = [references[g] for g in groups]
     dark = []
     if blind:
-        white = run.caption([Image.new("RGB", (run.processor.size, run.processor.size), "white")])[0]
-        dark = [caption_scores(other, right) for other in ([said[n] for n in shuffled(groups)], [white] * len(said))]
+        others = [[said[n] for n in shuffled(groups)]]
+        if run.can_look:
+            white = run.caption([Image.new("RGB", (run.processor.size, run.processor.size), "white")])[0]
+            others.append([white] * len(said))
+        dark = [caption_scores(other, right) for other in others]
     found, places = caption_scores(said, right), np.array(ids)
     scores = {name: scored(getattr(found, part), groups, ids=places,
                            blind=max((float(getattr(d, part).mean()) for d in dark), default=None))
@@ -189,10 +194,13 @@ def guessing(run: Run, source: Source, split: str, limit: int, blind: bool) -> d
     right = words_guessed(run, captions, own)
     dark = None
     if blind:
-        with torch.inference_mode():
-            size = run.processor.size
-            white = run.half_image([Image.new("RGB", (size, size), "white")])
-        for images in (own.rows(torch.from_numpy(shuffled(groups))), white.rows(torch.zeros(len(rows)).long())):
+        others = [own.rows(torch.from_numpy(shuffled(groups)))]
+        if run.can_look:
+            with torch.inference_mode():
+                size = run.processor.size
+                white = run.half_image([Image.new("RGB", (size, size), "white")])
+            others.append(white.rows(torch.zeros(len(rows)).long()))
+        for images in others:
             dark = max(dark or 0.0, float(np.nanmean(words_guessed(run, captions, images))))
     train = sample_rows(np.asarray(source.indices("train")), 2000)
     frequent = Counter(w for n in train for w in source.pair(int(n)).caption.lower().split()).most_common(1)

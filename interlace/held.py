@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from interlace.data.pictures import BadPicture, open_picture
+from interlace.data.pictures import BadPicture
 from interlace.data.rows import Pair, Source
 from interlace.errors import UserError
 from interlace.model import Half
@@ -36,12 +36,12 @@ class Held:
         return [p.group for p in self.pairs]
 
 
-def readable(source: Source, rows: np.ndarray, size: int, title: str):
-    """(position, pair, picture) of the rows that can be read, with a bar."""
+def readable(run: Run, source: Source, rows: np.ndarray, title: str):
+    """(position, pair, what the run sees of its picture) of the rows that can be read, with a bar."""
     for row in tqdm(rows, desc=title, unit="picture", leave=False, disable=None if len(rows) > 200 else True):
         pair = source.pair(int(row))
         try:
-            yield int(row), pair, open_picture(pair.picture, size_hint=size)
+            yield int(row), pair, run.see(pair.id, pair.picture)
         except BadPicture:
             continue
 
@@ -62,7 +62,7 @@ def hold(run: Run, source: Source, split: str, limit: int = 10_000) -> Held:
         raise UserError(f"{source.name} has no rows in its {split!r} split.")
     pairs, kept, images, halves = [], [], [], []
     keep_halves = (run.can_match or "mlm" in run.model.heads) and len(rows) <= MOST_RERANKED
-    for chunk in chunks(readable(source, rows, run.processor.size, f"encoding {split}"), 32):
+    for chunk in chunks(readable(run, source, rows, f"encoding {split}"), 32):
         half = run.half_image([picture for _, _, picture in chunk])
         if run.dim:
             images.append(run.model.alone(half, "image").float().cpu().numpy())

@@ -6,11 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,18 +18,24 @@ from PIL import Image
 from torch import Tensor
 
 from interlace import __version__
+from interlace.data.pictures import open_picture
 from interlace.data.processor import PROCESSOR_FILE, Processor
+from interlace.data.rows import Picture
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
 from interlace.model import Half, VLModel
+from interlace.regions.arrays import RegionArrays
+from interlace.regions.base import RegionSource, Shown
+from interlace.regions.base import fingerprint as extractor_print
 from interlace.regions.collate import collate_regions
 from interlace.regions.extract import Extractor
-from interlace.regions.open import extractor_of
+from interlace.regions.open import EXTRACTORS, extractor_of
 from interlace.towers import quiet
 
 MARK = "run.json"  # written last: a folder without it is not finished
 WEIGHTS = "model.safetensors"
 ANSWERS = "answers.json"
+Seen = Image.Image | RegionArrays  # of a picture: itself, or its stored regions
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -89,6 +95,7 @@ class Run:
         self.folder, self.model, self.processor = folder, model.eval(), processor
         self.answers, self.temperature, self.facts = answers, temperature, facts
         self.fingerprint: str = facts["fingerprint"]
+        self.stored: RegionSource | None = None
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device | None = None) -> Run:
@@ -157,12 +164,38 @@ class Run:
     def _pixels(self, pictures: list[Image.Image]) -> Tensor:
         return self.processor.pictures(pictures).to(self.model.device)
 
-    def half_image(self, pictures: list[Image.Image]) -> Half:
-        """The image stream just before fusion; of a model that reads regions, the extractor finds them first."""
+    @property
+    def can_look(self) -> bool:
+        """It can be shown a picture that no store has regions of."""
+        return not self.processor.regions or self.processor.regions["extractor"].get("kind") in EXTRACTORS
+
+    def use_regions(self, stored: RegionSource) -> None:
+        """From now on `see` takes the regions of a row's picture from there. Raises UserError for a run that reads
+        pictures, and for regions of another extractor than its own."""
         if not self.processor.regions:
-            return self.model.half_image(self._pixels(pictures))
-        batch = collate_regions(self.extractor(pictures), self.processor.regions["boxes"],
-                                self.processor.regions["whole"])  # fmt: skip
+            raise UserError(f"the run in {self.folder} reads pictures and no regions: leave the regions out.")
+        made = self.processor.regions["extractor"]
+        # converted: its detector is not here, so any features of its size are taken
+        print_of = stored.fingerprint if made.get("kind") == "release" else extractor_print(made)
+        stored.require(print_of, cast(Any, self.model.config.image).features)
+        self.stored = stored
+
+    def see(self, id: str, picture: Picture) -> Seen:
+        """What there is to see of the row with this id: its picture, or the regions that are stored of it. Raises
+        BadPicture."""
+        if self.stored is not None:
+            return self.stored.of(Shown(id, picture))
+        return open_picture(picture, size_hint=self.processor.size)
+
+    def half_image(self, pictures: Sequence[Seen]) -> Half:
+        """The image stream just before fusion; of a model that reads regions, the extractor finds them first, where
+        they are not given."""
+        if not self.processor.regions:
+            return self.model.half_image(self._pixels(cast(Any, pictures)))
+        new = [picture for picture in pictures if isinstance(picture, Image.Image)]
+        found = iter(self.extractor(new) if new else [])
+        rows = [next(found) if isinstance(picture, Image.Image) else picture for picture in pictures]
+        batch = collate_regions(rows, self.processor.regions["boxes"], self.processor.regions["whole"])
         features, boxes = batch["region_features"].to(self.model.device), batch.get("region_boxes")
         regions = Regions(features, None if boxes is None else boxes.to(self.model.device))
         return self.model.half_image(regions, batch["region_mask"].to(self.model.device))
@@ -201,7 +234,7 @@ class Run:
         return np.concatenate(out) if out else np.zeros(0, np.float32)
 
     @torch.inference_mode()
-    def answer_logits(self, pictures: list[Image.Image], questions: list[str]) -> Tensor:
+    def answer_logits(self, pictures: Sequence[Seen], questions: list[str]) -> Tensor:
         """One question each -> (N, A) logits over the answer list."""
         if not self.can_answer:
             raise UserError(f"the run in {self.folder} does not answer questions: train it with the vqa objective.")
@@ -272,7 +305,7 @@ class Run:
             return config.bos_token_id, config.eos_token_id, config.pad_token_id
         return *ends(self.processor.tokenizer), self.processor.tokenizer.pad_token_id
 
-    def caption(self, pictures: Iterable[Image.Image], prompt: str = "", beams: int = 3, max_length: int = 0,
+    def caption(self, pictures: Iterable[Seen], prompt: str = "", beams: int = 3, max_length: int = 0,
                 min_length: int = 0, sample: bool = False, top_p: float = 0.9, seed: int = 0,
                 batch: int = 16) -> list[str]:  # fmt: skip
         """A caption each, which begins with the prompt. `max_length`: tokens, 0 for as many as in training. `sample`:
@@ -301,7 +334,7 @@ class Run:
                 texts += self._texts(ids[:, 1:], end)
         return texts
 
-    def write_answer(self, picture: Image.Image, question: str, beams: int = 3, max_length: int = 10) -> str:
+    def write_answer(self, picture: Seen, question: str, beams: int = 3, max_length: int = 10) -> str:
         """The answer in the run's own words; no list bounds it. Raises UserError for an empty question and for a run
         that does not write answers."""
         from interlace.generate import write

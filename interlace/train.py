@@ -168,7 +168,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
                       trainer.exit_code)  # fmt: skip
     learner = trainer.whole_learner()
     if trainer.is_world_process_zero():  # the other ranks are done; their results are in rank 0's model
-        finish(out, settings, learner, processor, source, trainer)
+        finish(out, settings, learner, processor, source, trainer, regions)
     return out
 
 
@@ -405,8 +405,9 @@ def _system_of(start: str) -> str:
 
 
 def finish(out: Path, settings: Settings, learner: Learner, processor: Processor, source: Source,
-           trainer: VLTrainer) -> None:  # fmt: skip
-    """Weights, answers, metrics, plot and card; the completion mark comes last."""
+           trainer: VLTrainer, stored: RegionSource | None = None) -> None:  # fmt: skip
+    """Weights, answers, metrics, plot and card; the completion mark comes last. `stored`: regions it was trained on,
+    and is scored on."""
     import shutil
 
     from interlace.card import model_card, plot_losses
@@ -424,6 +425,8 @@ def finish(out: Path, settings: Settings, learner: Learner, processor: Processor
         print(f"{len(lines)} pictures could not be read and were skipped: {out / 'skipped.jsonl'}")
     plot_losses(out / LOG, out / "loss.png")
     run = Run(out, learner, processor, answers, 1.0, {"fingerprint": "", **facts})
+    if stored is not None:
+        run.use_regions(stored)
     if answers and len(source.question_indices("val")):
         run.temperature = fit_temperature(run, source)
     if run.can_match and run.dim and len(source.indices("val")) > 1:

@@ -168,7 +168,12 @@ def evaluate_run(args: argparse.Namespace) -> int:
     from interlace.evaluate import evaluate, print_metrics
     from interlace.run import Run, write_json
 
-    metrics = evaluate(Run.load(args.run), open_table(args, args.run), args.split, args.limit)
+    run = Run.load(args.run)
+    if args.regions:
+        from interlace.regions.open import open_regions
+
+        run.use_regions(open_regions(args.regions))
+    metrics = evaluate(run, open_table(args, args.run), args.split, args.limit)
     print_metrics(metrics)
     if args.out:
         write_json(Path(args.out), metrics)

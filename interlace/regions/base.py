@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,13 @@ def fingerprint(facts: dict[str, Any]) -> str:
     """Of an extractor: equal where weights, size, fit and settings are. Names and places do not count."""
     plain = {name: value for name, value in facts.items() if name not in APART}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Shown(NamedTuple):
+    """A row's picture without the row: what a question is about."""
+
+    id: str  # the row's
+    picture: Picture
 
 
 class RegionSource:
@@ -50,7 +57,7 @@ class RegionSource:
             raise BadRegions(f"no features of {key} in {self.name}")
         return found
 
-    def of(self, row: Pair) -> RegionArrays:
+    def of(self, row: Pair | Shown) -> RegionArrays:
         """Likewise of the row's picture: by where the picture is, by the row's id, by the picture's file name."""
         for key in self.keys_of(row.id, row.picture):
             if (found := self.find(key)) is not None:

@@ -52,7 +52,7 @@ def decode(value: bytes) -> RegionArrays:
         raise BadRegions(f"neither .npz nor msgpack ({error})") from None
     if not isinstance(given, dict):
         raise BadRegions("a value that is no table of arrays")
-    return from_arrays(given)
+    return from_arrays({name.decode() if isinstance(name, bytes) else name: part for name, part in given.items()})
 
 
 def _package(name: str) -> Any:

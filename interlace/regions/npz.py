@@ -37,7 +37,7 @@ def from_arrays(given: Mapping[str, Any]) -> RegionArrays:
         if (key := next((other for other in others if other in given), None)) is not None:
             found[name] = np.asarray(given[key])
     if "features" not in found or "boxes" not in found:
-        raise BadRegions(f"expected the arrays features and boxes, got {', '.join(sorted(given)) or 'none'}")
+        raise BadRegions(f"expected the arrays features and boxes, got {', '.join(sorted(map(str, given))) or 'none'}")
     width, height = found.pop("width", None), found.pop("height", None)
     boxes = found["boxes"]
     boxes = boxes[:, :4].astype(np.float32) if boxes.ndim == 2 else boxes

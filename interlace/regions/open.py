@@ -39,6 +39,9 @@ def open_regions(path: str | Path, regions: int | None = None) -> RegionSource:
     raise UserError(f"{path} is not a form of regions that is read; expected {FORMS}.")
 
 
+EXTRACTORS = ("grid", "detector")  # those that can be made again from their facts
+
+
 def extractor_of(facts: dict[str, Any], device: str | None = None) -> Extractor:
     """The extractor with these facts (`RegionSource.facts`), for pictures that came after: a query, an upload.
 
@@ -54,7 +57,8 @@ def extractor_of(facts: dict[str, Any], device: str | None = None) -> Extractor:
     elif facts.get("kind") == "detector":
         made = DetectorExtractor(facts["name"], facts["regions"], facts["asked_size"], device)
     else:
-        raise UserError("these features were made elsewhere: there is nothing here to make those of another picture.")
+        raise UserError("these features were made elsewhere: there is nothing here to make those of another picture. "
+                        "Rows whose features are stored can be scored: interlace evaluate --regions FOLDER.")
     if (now := fingerprint(made.facts)) != (then := fingerprint(facts)):
         raise UserError(f"{facts['name']} is not what it was: expected fingerprint {then}, got {now}. Put its former "
                         "weights and settings back, or extract and train again.")  # fmt: skip

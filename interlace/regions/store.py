@@ -24,7 +24,7 @@ from interlace import __version__
 from interlace.data.rows import Pair, Picture
 from interlace.errors import UserError
 from interlace.regions.arrays import BadRegions, RegionArrays, check_regions
-from interlace.regions.base import RegionSource
+from interlace.regions.base import RegionSource, Shown
 from interlace.regions.keys import Keys
 
 STORE, CHUNK = "store.json", "chunk-{:06d}.safetensors"
@@ -122,7 +122,7 @@ class RegionStore(RegionSource):
         # the file first: two tables may use one id for different pictures
         return [place(picture), id]
 
-    def of(self, row: Pair) -> RegionArrays:
+    def of(self, row: Pair | Shown) -> RegionArrays:
         """As of all. Raises BadRegions, too, when the id's picture was a file of another length when it was extracted:
         ids of another table, or a picture that was exchanged."""
         at = self._index().at(place(row.picture))

@@ -203,6 +203,12 @@ def as_msgpack(regions: RegionArrays) -> bytes:
     return msgpack.packb({name: plain(value) for name, value in uniter(regions).items()}, use_bin_type=True)
 
 
+def as_old_msgpack(regions: RegionArrays) -> bytes:
+    """As written without use_bin_type on Python 2: names are bytes."""
+    msgpack = pytest.importorskip("msgpack")
+    return msgpack.packb({name.encode(): plain(value) for name, value in uniter(regions).items()}, use_bin_type=True)
+
+
 def as_lz4(regions: RegionArrays) -> bytes:
     return pytest.importorskip("lz4.frame").compress(as_msgpack(regions))
 
@@ -215,7 +221,7 @@ def write_lmdb(folder, values: dict[str, bytes]):
     return folder
 
 
-@pytest.mark.parametrize("coded", [as_npz, as_msgpack, as_lz4])
+@pytest.mark.parametrize("coded", [as_npz, as_msgpack, as_old_msgpack, as_lz4])
 def test_the_lmdb_of_uniter(tmp_path, coded):
     values = {f"coco_val2014_{n:012d}.npz": coded(full_regions(n + 1, seed=n)) for n in range(3)}
     values["__keys__"] = json.dumps(list(values)).encode()

@@ -1,11 +1,13 @@
 """A region model trained on stored regions: it learns from the store, and finds the regions of new pictures itself."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from interlace.cli import main
 from interlace.compose import Composition
 from interlace.data.pictures import open_picture
 from interlace.data.sources import open_source
@@ -68,6 +70,49 @@ def test_every_system_that_reads_regions_trains_on_a_store(system, shapes, text_
     run = Run.load(train(settings(shapes, text_tower, store, tmp_path / system, system, mlm={}, itm={}, **more)))
     picture = open_picture(next(iter(open_source(shapes).pairs("test"))).picture)
     assert 0 <= run.match("a red circle", [picture])[0] <= 1
+
+
+@pytest.fixture(scope="module")
+def made_elsewhere(shapes, tmp_path_factory):
+    """Features nobody here can make: the mean colour of a few places, one .npz per picture."""
+    out, rng = tmp_path_factory.mktemp("elsewhere"), np.random.default_rng(0)
+    boxes = np.sort(rng.random((5, 2, 2), np.float32), 1).reshape(5, 4)
+    for pair in open_source(shapes).pairs():
+        colour = np.asarray(open_picture(pair.picture), np.float32).mean((0, 1)) / 255
+        np.savez(out / f"{pair.id}.npz", features=np.tile(colour, (5, 2)), boxes=boxes)
+    return out
+
+
+def test_features_made_elsewhere_train_and_are_scored_to_the_end(shapes, text_tower, made_elsewhere, store, tmp_path,
+                                                                 capsys):  # fmt: skip
+    made = settings(shapes, text_tower, made_elsewhere, tmp_path / "run")
+    made.train.evaluate = True
+    out = train(made)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"retrieval", "match", "vqa", "hidden_words"} <= set(metrics)
+    assert "shuffled" in metrics["vqa"]["accuracy"] and "blank" not in metrics["vqa"]["accuracy"]
+
+    assert main(["evaluate", str(out), str(shapes), "--split", "val"]) == 2
+    assert "interlace evaluate --regions FOLDER" in capsys.readouterr().err
+    given = ["evaluate", str(out), str(shapes), "--split", "val", "--out", str(tmp_path / "again.json"), "--regions"]
+    assert main([*given, str(made_elsewhere)]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["vqa"]["accuracy"] == metrics["vqa"]["accuracy"] and again["match"] == metrics["match"]
+    assert main([*given, str(store)]) == 2
+    assert "features per region" in capsys.readouterr().err  # of another extractor
+
+
+def test_a_run_is_scored_on_the_regions_it_was_trained_on(folder, shapes, store):
+    from interlace.evaluate import evaluate
+    from interlace.regions import open_regions
+
+    source, looking, given = open_source(shapes), Run.load(folder), Run.load(folder)
+    given.use_regions(open_regions(store))
+    given.__dict__["extractor"] = None  # nothing is looked at
+    found = evaluate(given, source, "val", blind=False)
+    asked = evaluate(looking, source, "val", blind=False)
+    assert abs(found["match"]["value"] - asked["match"]["value"]) < 0.05
+    assert abs(found["vqa"]["accuracy"]["value"] - asked["vqa"]["accuracy"]["value"]) < 0.05
 
 
 def test_going_on_wants_regions_of_the_same_extractor(folder, shapes, text_tower, store, image_tower, tmp_path):
