@@ -234,12 +234,13 @@ def load_foreign(model: nn.Module, tensors: Mapping[str, Tensor], keys: Keys, pr
 
 
 def save_foreign(model: nn.Module, keys: Keys, prefix: str = "") -> dict[str, Tensor]:
-    """The model's tensors under the release's names: `load_foreign` backwards, tied names written out.
+    """The model's tensors under the release's names: `load_foreign` backwards, tied names written out, each with memory
+    of its own, as safetensors asks.
 
     Raises UserError when a tensor of ours has no name in the release.
     """
     state = model.state_dict()
-    out, touched = dict[str, Tensor](), set[str]()
+    out, touched, taken = dict[str, Tensor](), set[str](), set[int]()
     firsts = [(theirs, _names(target)[0]) for theirs, target in keys.items() if target is not None]
     for ours in state:
         fits = [(theirs, first, *found) for theirs, first in firsts if (found := _read(first, ours)) is not None]
@@ -252,7 +253,10 @@ def save_foreign(model: nn.Module, keys: Keys, prefix: str = "") -> dict[str, Te
             if any(name not in state for name in line.ours):
                 continue
             name = prefix + _write(theirs, line.index, line.below)
-            out[name] = line.save([state[ours] for ours in line.ours]).contiguous()
+            value = line.save([state[ours] for ours in line.ours]).contiguous()
+            place = value.untyped_storage().data_ptr()
+            out[name] = value.clone() if place in taken else value
+            taken.add(place)
             touched |= set(line.ours)
     if left := [ours for ours in state if ours not in touched and ours not in OURS_ALONE]:
         raise UserError(f"{len(left)} tensors have no name in the release: {_list(left)}. The table of names has no "

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from interlace.errors import UserError
@@ -76,6 +77,13 @@ def test_there_and_back_is_the_same_file():
     assert set(back) == set(theirs) - {"module.ids"}
     for name, tensor in back.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def test_what_is_written_back_fits_a_safetensors_file(tmp_path):
+    model = Ours()
+    load_foreign(model, release(), KEYS)
+    save_file(save_foreign(model, KEYS), tmp_path / "back.safetensors")  # refuses tensors that share memory
+    assert torch.equal(read_release(tmp_path / "back.safetensors")["head.decoder.weight"], model.words.weight)
 
 
 def test_half_precision_files_become_the_models_own_type():
