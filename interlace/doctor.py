@@ -7,6 +7,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from interlace.data.rows import Source
 from interlace.data.sources import open_source
 from interlace.errors import UserError
 from interlace.learner import Learner
-from interlace.objectives.base import Batch, Objective, Views
+from interlace.objectives.base import Batch, Objective, Scored, Views
 from interlace.settings import Settings
 from interlace.towers import quiet
 from interlace.train import build_passes, make_learner, shape_of, stored_regions, trainer_steps
@@ -91,6 +92,7 @@ def examine(settings: Settings, source: Source | None = None, seconds: float = 1
     texts(report, source, processor)
     batches(report, settings, learner, source)
     ids(report, learner, processor)
+    frozen(report, settings, learner)
     regions = stored_regions(settings, source)
     samples = Samples(source, "train", processor, passes, t.seed, augment=False, regions=regions)
     collate = Collate(processor, None, passes, learner.cells_to_hide(), shape_of(processor))
@@ -130,9 +132,11 @@ def batches(report: Report, settings: Settings, learner: Learner, source: Source
     t = settings.train
     names = {objective.name for objective, _ in learner.objectives}
     micro = t.batch // t.accumulate
-    if "itc" in names and t.batch < 32:
-        report.say("batch", FAIL if t.batch < 2 else WARN, f"itc chooses among {t.batch} rows, which is little to "
-                   "tell apart", "a larger train.batch (train.accumulate keeps the memory), or a queue")  # fmt: skip
+    for contrast in sorted(names & {"itc", "itc_sigmoid"}):
+        if t.batch < 32:
+            report.say("batch", FAIL if t.batch < 2 else WARN, f"{contrast} chooses among {t.batch} rows, which is "
+                       "little to tell apart", "a larger train.batch (train.memory or train.accumulate keep the "
+                       "memory), or a queue: itc_momentum in its place")  # fmt: skip
     hard = [o for o, _ in learner.objectives if getattr(o, "negatives", "") in ("hard", "both")]
     if hard and micro < 16:
         report.say("batch", FAIL if micro < 2 else WARN, f"hard negatives are sought among the {micro} rows of a "
@@ -152,19 +156,33 @@ def ids(report: Report, learner: Learner, processor: Processor) -> None:
         return
     from interlace.objectives.lm import ends
 
-    start, end = ends(processor.tokenizer)
+    tokenizer, config = processor.tokenizer, decoder.config
+    start, end = ends(tokenizer)
+    own = set(tokenizer.all_special_ids) - {tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.unk_token_id}
     wrong = []
-    for where, config in (("config", decoder.config), ("generation_config", decoder.generation_config)):
-        for name, wanted in (("bos_token_id", start), ("eos_token_id", end),
-                             ("pad_token_id", processor.tokenizer.pad_token_id)):  # fmt: skip
-            has = getattr(config, name, None)
-            if has != wanted:
-                wrong.append(f"{where}.{name} is {has}, the tokenizer's is {wanted}")
-    if end == processor.tokenizer.pad_token_id:
+    for name, wanted in (("bos_token_id", start), ("eos_token_id", end), ("pad_token_id", tokenizer.pad_token_id)):
+        has, generates = getattr(config, name, None), getattr(decoder.generation_config, name, None)
+        if has != generates:
+            wrong.append(f"training's {name} is {has}, generation's {generates}")
+        if has != wanted and (name == "pad_token_id" or has not in own):  # BLIP starts with a [DEC] of its own
+            wrong.append(f"the decoder's {name} is {has}, the tokenizer's {wanted}")
+    if config.eos_token_id == config.pad_token_id:
         wrong.append("the end is the padding too: a model trained so never stops")
     fix = "build the decoder with the tokenizer's ids (Decoder(start=..., end=...))" if wrong else ""
-    report.say("written ids", FAIL if wrong else OK, "; ".join(wrong) or f"start {start}, end {end} in training and in "
-               "generation", fix)  # fmt: skip
+    report.say("written ids", FAIL if wrong else OK, "; ".join(wrong) or f"start {config.bos_token_id}, end "
+               f"{config.eos_token_id} in training and in generation", fix)  # fmt: skip
+
+
+def frozen(report: Report, settings: Settings, learner: Learner) -> None:
+    """What is frozen knows something: a part that starts from random numbers and may not learn stays random."""
+    known, idle = set(learner.started), Counter[str]()
+    for name, parameter in learner.named_parameters():
+        if not parameter.requires_grad and name not in known and ".tower." not in name:
+            idle[".".join(name.split(".")[:3])] += parameter.numel()
+    if idle:
+        named = ", ".join(f"{part} ({n:,})" for part, n in idle.most_common(6))
+        report.say("frozen", WARN, f"frozen, though nothing pre-trained is in it: {named}",
+                   f"take it out of train.freeze ({', '.join(settings.train.freeze)})")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- with steps
@@ -224,31 +242,43 @@ def step(report: Report, settings: Settings, learner: Learner, samples: Samples,
     """Time and memory of one optimiser step, and so of the run."""
     t = settings.train
     micro = max(1, min(t.batch // t.accumulate, len(samples)))
-    device, times, read = learner.device, [], 0.0
+    device = learner.device
     before = memory()
     learner.train()
     state = copy.deepcopy({n: b.clone() for n, b in learner.named_buffers()})  # running statistics stay as they were
     kept = bool(learner.frozen) and settings.data.keep_states_gb > 0
-    for n in range(3):
-        began = time.perf_counter()
-        batch = moved(collate([samples[0, (n * micro + row) % len(samples)] for row in range(micro)]), device)
-        read = time.perf_counter() - began
-        if kept:
-            batch = as_kept(learner, batch)
-            began = time.perf_counter() - read
-        learner(**batch)["loss"].backward()
-        learner.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+    alone = t.mix != "sum" and len(learner.passes) > 1  # a step has one pass, as often as its share says
+    drawn: list[tuple[int, ...]] = [(number,) for number in range(len(learner.passes))] if alone else [()]
+    shares = [learner.passes[one[0]].share if one and t.mix == "draw" else 1.0 for one in drawn]
+    reads, costs = [], []
+    for one in drawn:
+        times, reading = [], []
+        for n in range(3 if one in ((), (0,)) else 2):  # the very first is slow
+            began = time.perf_counter()
+            batch = moved(collate([samples[(0, (n * micro + row) % len(samples), *one)] for row in range(micro)]),
+                          device)  # fmt: skip
+            reading.append(time.perf_counter() - began)
+            if kept:
+                batch = as_kept(learner, batch)
+                began = time.perf_counter() - reading[-1]
+            learner(**batch)["loss"].backward()
+            learner.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        costs.append(min(times[1:]))
+        reads.append(min(reading[1:]))
     for name, buffer in learner.named_buffers():
         buffer.copy_(state[name])
-    steps, each = trainer_steps(settings, rows), min(times[1:]) * t.accumulate
+    seconds = float(np.average(costs, weights=shares))
+    read = float(np.average(reads, weights=shares))
+    steps, each = trainer_steps(settings, rows), seconds * t.accumulate
     # Adam holds two numbers a parameter, the gradient is a third
     held = 3 * 4 * sum(p.numel() for p in learner.parameters() if p.requires_grad)
     peak = max(memory(), before) + held if device.type == "cpu" else memory() + held
-    report.say("time", OK, f"{each:.2f} s a step of {t.batch} rows ({read / max(times[-1], 1e-9):.0%} of it reading "
+    report.say("time", OK, f"{each:.2f} s a step of {t.batch} rows ({read / max(seconds, 1e-9):.0%} of it reading "
                f"pictures and texts), {steps:,} steps: about {span(each * steps)}"
+               + (f"; {len(drawn)} passes, one a step" if alone else "")
                + (", after the frozen towers have seen each row once" if kept else ""))  # fmt: skip
     report.say("memory", OK, f"about {peak / 1e9:.1f} GB for {micro} rows at once, the optimiser's numbers among them",
                "")  # fmt: skip
@@ -268,7 +298,7 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def scores(learner: Learner, batch: Batch) -> dict[str, tuple[Objective, Tensor]]:
+def scores(learner: Learner, batch: Batch) -> dict[str, tuple[Objective, Scored]]:
     """Each objective's own loss on the batch, by name; those that score nothing here are left out."""
     shared, found = Views(learner, batch), {}
     for plan, part in zip(learner.passes, batch["parts"]):
@@ -277,8 +307,17 @@ def scores(learner: Learner, batch: Batch) -> dict[str, tuple[Objective, Tensor]
             scored = objective.loss(learner, batch, views)
             if scored.loss.requires_grad:
                 name = f"{plan.name}/{objective.key}" if plan.name else objective.key
-                found[name] = (objective, scored.loss)
+                found[name] = (objective, scored)
     return found
+
+
+def has_learned(first: float, low: float) -> bool:
+    """Of a loss above 0, half is gone; one that may be below 0 (alignment) fell by half of its size, 0.05 at least."""
+    return low < ENOUGH * first if first > 0.1 else low < first - max(ENOUGH * abs(first), 0.05)
+
+
+WRITES = ("lm", "prefix_lm", "vqa_writes")
+KNOWN = 0.9  # of the words that training asks for
 
 
 def by_heart(report: Report, learner: Learner, processor: Processor, batch: Batch, seconds: float, progress: bool,
@@ -292,32 +331,36 @@ def by_heart(report: Report, learner: Learner, processor: Processor, batch: Batc
     first: dict[str, float] = {}
     lowest: dict[str, float] = {}
     touched: set[str] = set()
+    writes: dict[str, float] = {}  # share of the words that are right where training asks for them
     began, done = time.perf_counter(), 0
     for _ in bar(range(steps), desc="learning 8 rows by heart", unit="step", disable=not progress):
         losses = scores(learner, batch)
-        for name, (_, loss) in losses.items():
-            value = loss.item()
+        for name, (objective, scored) in losses.items():
+            value = scored.loss.item()
+            if objective.name in WRITES:
+                writes[objective.name] = float(scored.logs[f"{objective.name}_accuracy"])
             first.setdefault(name, value)
             lowest[name] = min(lowest.get(name, value), value)
         done += 1
-        if done > 5 and all(low < ENOUGH * abs(first[name]) for name, low in lowest.items()):
+        if (done > 5 and all(has_learned(first[name], low) for name, low in lowest.items())
+                and all(share >= KNOWN for share in writes.values())):  # fmt: skip
             break
         if time.perf_counter() - began > seconds:
             break
         optimiser.zero_grad()
-        torch.stack([loss for _, loss in losses.values()]).sum().backward()
+        torch.stack([scored.loss for _, scored in losses.values()]).sum().backward()
         if done <= 5:
             touched |= {n for n, p in learner.named_parameters() if p.grad is not None and bool(p.grad.any())}
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimiser.step()
-    if learner.decoder is not None and learner.config.writes.context == "image" and "lm" in first:
-        says_it_again(report, learner, processor, batch)
+    for name, share in writes.items():
+        says_it_again(report, learner, processor, batch, name, share)
     learner.load_state_dict(kept)
     gradients(report, learner, touched)
     for name, start in first.items():
         low = lowest[name]
-        learned = start <= 0 or low < ENOUGH * start
-        moving = low < 0.9 * start
+        learned = has_learned(start, low)
+        moving = low < start - 0.1 * max(abs(start), 0.1)
         report.say(f"{name} by heart", OK if learned else WARN if moving else FAIL,
                    f"{start:.3g} to {low:.3g} in {done} steps on {len(batch['ids'])} rows",
                    "" if learned else "it moves, though slowly: look again after the first epoch" if moving else
@@ -326,22 +369,50 @@ def by_heart(report: Report, learner: Learner, processor: Processor, batch: Batc
 
 
 @torch.no_grad()
-def says_it_again(report: Report, learner: Learner, processor: Processor, batch: Batch) -> None:
-    """Captions known by heart are what generation writes: else it starts from another id than training did, or the
-    labels were shifted twice."""
-    from interlace.generate import write
+def says_it_again(report: Report, learner: Learner, processor: Processor, batch: Batch, name: str,
+                  known: float) -> None:  # fmt: skip
+    """Texts that training has by heart (`known`, share of its words) are what generation writes: else it starts from
+    another id than training did, or the labels were shifted twice."""
+    said, wanted, what = written(learner, processor, batch, name)
+    texts = [processor.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (said, wanted)]
+    pairs = [(a.split(), b.split()) for a, b in zip(*texts) if b.strip()]
+    # by first halves: the rest of a text that is not quite known goes astray after its first slip
+    same = [a[: len(b) // 2 + 1] == b[: len(b) // 2 + 1] for a, b in pairs]
+    share = sum(same) / max(len(same), 1)
+    says = f"{name}: {sum(same)} of {len(same)} {what} learned by heart are written again"
+    if share >= 0.5:
+        report.say("written again", OK, says)
+    elif known < KNOWN:
+        report.say("written again", WARN, f"{says}; training itself is right about {known:.0%} of the words",
+                   "nothing can be said yet: more --seconds")  # fmt: skip
+    else:
+        wrote, meant = next((" ".join(a), " ".join(b)) for (a, b), fine in zip(pairs, same) if not fine)
+        report.say("written again", FAIL, f"{says}, though training is right about {known:.0%} of the words",
+                   f"training and generation do not start alike, or the labels are shifted twice: it wrote {wrote!r} "
+                   f"for {meant!r}")  # fmt: skip
+
+
+def written(learner: Learner, processor: Processor, batch: Batch, name: str) -> tuple[Tensor, Tensor, str]:
+    """What generation writes for the batch's rows (B, L), what it should (B, T), and what those are."""
+    from interlace.generate import describe, write
+    from interlace.objectives.lm import ends, read_for
 
     views = Views(learner, batch)
-    said = write(learner.decoder, views.image(), beams=1, max_length=processor.max_length, min_length=1)  # type: ignore
-    wanted = batch["caption_ids"]
-    texts = [processor.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (said, wanted)]
-    words = [[text.split() for text in column] for column in texts]
-    # by first halves: the rest of a text that is not quite known goes astray after its first slip
-    same = [a[: len(b) // 2 + 1] == b[: len(b) // 2 + 1] for a, b in zip(*words)]
-    share = sum(same) / len(same)
-    report.say("written again", OK if share >= 0.5 else WARN, f"{sum(same)} of {len(same)} captions learned by heart "
-               "are written again from their pictures", "" if share >= 0.5 else "if `lm by heart` is ok, training and "
-               f"generation do not start alike; it wrote {texts[0][0]!r} for {texts[1][0]!r}")  # fmt: skip
+    if name == "vqa_writes":
+        assert learner.decoder is not None
+        asked = views.text("written_question")
+        said = write(learner.decoder, read_for(learner, asked, views.image()), beams=1,
+                     max_length=processor.max_length, min_length=1)  # fmt: skip
+        return said, batch["written_answer0_ids"], "answers"
+    tokenizer = processor.tokenizer
+    start, end = ends(tokenizer)
+    prompt: str = next((getattr(o, "prompt", "") for o, _ in learner.objectives if o.name == name), "")
+    words = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    first = start if learner.decoder is None else learner.decoder.config.bos_token_id
+    ids = torch.tensor([first, *words], device=learner.device)
+    said = describe(learner, views.image(), ids, (start, end, tokenizer.pad_token_id), beams=1,
+                    max_length=processor.max_length, min_length=1)  # fmt: skip
+    return said[:, 1 + len(words) :], batch["caption_ids"], "captions"
 
 
 def reloads(report: Report, learner: Learner, batch: Batch) -> None:

@@ -35,7 +35,8 @@ class RegionLabels(MaskedRegions):
     """Guess objects and attributes of all regions as the detector was sure of them, and the features of the hidden.
 
     Columns: image with stored regions and their `objects`, `attributes` and how sure the detector was. Hides, sees: as
-    all guesses at regions. Head: regions. Logs: region_labels, region_objects, region_attributes, region_features.
+    all guesses at regions. Head: regions. Logs: region_labels, region_objects, region_attributes, region_features, and
+    region_objects_accuracy, region_attributes_accuracy.
 
     What the store does not have (a grid's cells have no labels, DETR's boxes no attributes) is left out; without
     confidences every label counts as sure.
@@ -50,7 +51,7 @@ class RegionLabels(MaskedRegions):
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         said = model.heads["regions"](views.cells())
-        total, logs = views.total(self), {}
+        total, parts, logs = views.total(self), list[Tensor](), dict[str, Tensor]()
         for name in ("objects", "attributes"):
             labels = batch.get(f"region_{name}")
             if labels is None:
@@ -60,8 +61,12 @@ class RegionLabels(MaskedRegions):
             if int(labels.shape[-1]) and logits.shape[-1] <= 1:
                 raise UserError(f"the model's head knows {logits.shape[-1]} {name}: build it with these regions.")
             losses = F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=-1), ignore_index=-1, reduction="none")
-            logs[f"region_{name}"] = (losses if sure is None else losses * sure).sum() / total * SCALE
+            parts.append((losses if sure is None else losses * sure).sum() / total * SCALE)
+            right = (logits.argmax(-1) == labels)[labels >= 0].float()
+            logs[f"region_{name}"] = parts[-1].detach()
+            logs[f"region_{name}_accuracy"] = right.sum() / max(len(right), 1)
         losses = F.smooth_l1_loss(said["features"].float(), true_features(model, batch).float(), reduction="none")
-        logs["region_features"] = (losses.mean(-1) * self.scored(views.part)).sum() / total * SCALE
-        loss = torch.stack(list(logs.values())).sum()
-        return Scored(loss, {"region_labels": loss.detach(), **{name: value.detach() for name, value in logs.items()}})
+        parts.append((losses.mean(-1) * self.scored(views.part)).sum() / total * SCALE)
+        logs["region_features"] = parts[-1].detach()
+        loss = torch.stack(parts).sum()
+        return Scored(loss, {"region_labels": loss.detach(), **logs})

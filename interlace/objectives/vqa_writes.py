@@ -30,7 +30,7 @@ class GenerativeVQA(Objective):
 
     Columns: image, question, answers with weights. Hides: nothing. Sees: question and picture each other, as the
     schedule lets them; a word of an answer those before it. Head: the decoder's. Logs: vqa_writes, the smoothed loss of
-    an answer's words, summed.
+    an answer's words, summed; vqa_writes_accuracy, the share of its words that are right after those before them.
 
     One question of the picture is drawn a visit, by (seed, epoch, row), and of its answers the `answers` heaviest, the
     weights divided by their sum. `smoothing` as in BLIP. `decoder`: layers of the decoder that a composed model gets,
@@ -72,7 +72,8 @@ class GenerativeVQA(Objective):
         context = read_for(model, views.text("written_question"), views.image())
         row, number = (weight > 0).nonzero(as_tuple=True)  # the answers there are, (N,) each
         if not len(row):  # a batch without questions: zero, with a gradient
-            return Scored(context.states.sum() * 0, {self.name: context.states.new_zeros(())})
+            nothing = context.states.new_zeros(())
+            return Scored(context.states.sum() * 0, {self.name: nothing, f"{self.name}_accuracy": nothing})
         ids, mask = ids[row, number], mask[row, number]
         start, end, pad = (getattr(decoder.config, f"{which}_token_id") for which in ("bos", "eos", "pad"))
         words, real = framed(ids, plain(ids, mask, end), start, end, pad)  # (N, 2+W)
@@ -80,7 +81,9 @@ class GenerativeVQA(Objective):
         logits = decoder(words, read.states, read.mask).logits.float()
         labels = words.masked_fill(real == 0, -100)
         loss = answers_loss(logits, labels, weight[row, number].to(logits), len(weight), self.smoothing)
-        return Scored(loss, {self.name: loss.detach()})
+        asked = labels[:, 1:] >= 0
+        right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[asked].float().mean()
+        return Scored(loss, {self.name: loss.detach(), f"{self.name}_accuracy": right})
 
     def texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """All answers as ids and masks, (B, answers, A)."""

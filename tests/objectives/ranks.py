@@ -73,7 +73,7 @@ def without_dropout(given: Settings, passes: list) -> module.Made:
 def step(case: dict[str, Any], ranks: int, accumulate: int, out: Path) -> None:
     """Writes `out.safetensors` (gradients, weights, what objectives keep beside them) and `out.json` (losses)."""
 
-    def keep(_out, _settings, learner, processor, source, trainer) -> None:
+    def keep(_out, _settings, learner, _processor, _source, trainer, *_more) -> None:
         weights = {f"weight {n}": p.detach().clone() for n, p in learner.named_parameters() if p.requires_grad}
         beside = {f"beside {n}": x.clone() for n, x in learner.beside_tensors().items()}
         save_file({**trainer.kept.gradients, **weights, **beside}, out.with_suffix(".safetensors"))

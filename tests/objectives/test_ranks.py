@@ -82,6 +82,11 @@ def test_no_objective_is_left_out(cases, tmp_path):
     assert ours == ours & {key for one in made for objectives in [*one.passes, one.objectives] for key in objectives}
 
 
+# beside its loss an objective logs how often it is right, by its name; what has no right and wrong, how near it comes
+NEAR = {"mrfr": "mrfr_r2", "mpp": "mpp_r2", "recon": "recon_r2", "wra": "wra_matched", "wpa": "wpa_matched",
+        "region_labels": "region_objects_accuracy", "mam": "mlm_accuracy"}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_that_of_one_process_with_all_rows(name, cases, two_ranks, tmp_path):
     ranks.step(cases[name], 1, 1, tmp_path / "one")
@@ -91,6 +96,9 @@ def test_a_step_is_that_of_one_process_with_all_rows(name, cases, two_ranks, tmp
     scored &= Objective.known.keys()
     assert len(losses(logged, scored)) > 1 and max(
         x.abs().max().item() for key, x in expected.items() if key.startswith("gradient ")) > 1e-3
+    names = {key.split("/")[-1] for key in logged}
+    for key in scored - {"mdo"}:  # which hides, and scores nothing
+        assert {"mlm" if key == "mam" else key, NEAR.get(key, f"{key}_accuracy")} <= names
     rough = {"wra", "wpa"} & scored  # fifty rounds of transport make more of a rounding error
     for other in (tmp_path / "four", two_ranks / name):
         got, said = read(other)
