@@ -1,5 +1,7 @@
 """Every shipped recipe: it parses, its objectives exist, its system has their parts; a full-size one is its paper's."""
 
+import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from interlace.compose import configure
 from interlace.data.sources import open_source
 from interlace.errors import UserError
 from interlace.learner import Learner
+from interlace.objectives import Objective
 from interlace.presets import PRESETS
 from interlace.regions.open import open_regions
 from interlace.settings import load_settings
@@ -97,6 +100,28 @@ def test_every_number_of_the_optimiser_is_written_down():
         assert given["train"]["batch"] % given["train"]["accumulate"] == 0, name
 
 
+# of each paper or its release (the pages in docs/systems): rate, schedule, warm-up, how long, rows of a step, decay, on
+# norms and biases too, betas, eps, clipping. MLIM published none; VisionEncoderDecoder has no paper
+PUBLISHED = {
+    "uniter": (5e-5, "linear", 10000, 200000, 8192, 0.01, False, [0.9, 0.98], 1e-6, 5),
+    "vilbert": (1e-4, "linear", 0.1, 10, 512, 0.01, False, [0.9, 0.98], 1e-8, 0),
+    "vl_bert": (2.56e-5, "linear", 16000, 10, 128, 1e-4, True, [0.9, 0.999], 1e-6, 10),
+    "lxmert": (1e-4, "linear", 0.05, 20, 256, 0.01, True, [0.9, 0.999], 1e-6, 1),
+    "visual_bert": (5e-5, "linear", 0.1, 10, 48, 0.01, False, [0.9, 0.999], 1e-6, 1),
+    "vilt": (1e-4, "linear", 0.1, 200000, 4096, 0.01, False, [0.9, 0.98], 1e-8, 0),
+    "blip": (3e-4, "epochs", 3000, 20, 2880, 0.05, True, [0.9, 0.999], 1e-8, 0),
+    "clip": (5e-4, "cosine", 2000, 32, 32768, 0.2, False, [0.9, 0.98], 1e-6, 0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_numbers_of_the_optimiser_are_the_papers(name):
+    t = load_settings(name).train
+    long = t.steps or t.epochs
+    assert PUBLISHED[name] == (t.lr, t.schedule, t.warmup, long, t.batch, t.weight_decay, t.decay_all, t.betas, t.eps,
+                               t.clip)  # fmt: skip
+
+
 def test_a_recipe_takes_its_first_steps(tmp_path, text_tower, drawn):
     """The bench of full-size recipes, at a toy size."""
     source, store = drawn
@@ -104,6 +129,28 @@ def test_a_recipe_takes_its_first_steps(tmp_path, text_tower, drawn):
     settings = reduced("visual_bert", store.parent, store, 2, 2, *toy)
     figures = first_steps("visual_bert", settings, source, tmp_path)
     assert figures["rows"] == 2 and figures["first loss"] > 0 and not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Eight rows, and regions as a detector of Visual Genome leaves them."""
+    folder = tmp_path_factory.mktemp("whole")
+    source = draw_data(folder, 8)
+    return source, folder, draw_regions(folder / "regions", source)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_size_recipe_takes_two_steps(name, whole, tmp_path):
+    """The paper's model, every layer of it, by the trainer; the batch alone is small."""
+    source, folder, store = whole
+    settings = reduced(name, folder, store if reads_regions(name) else None, 2, 2)
+    figures = first_steps(name, settings, source, tmp_path)
+    assert figures["M parameters"] > 100 and math.isfinite(figures["first loss"] + figures["last loss"])
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    seen = {key.split("/")[-1] for line in logged for key in line}
+    asked = [{"mlm" if key == "mam" else key for key in one if key in Objective.known} for one in settings.passes]
+    assert len(logged) == 2 and asked
+    assert (any if settings.train.mix == "draw" else all)(one <= seen for one in asked)
 
 
 def test_a_system_without_a_small_form_says_how_it_is_built(shapes):
