@@ -76,7 +76,9 @@ class VLConfig(PreTrainedConfig):
     def describe(self) -> str:
         """The figure in words: embedders, then one line per segment."""
         return f"{'text':10s} {self.text.name} {self.text.width.size}\n{'image':10s} {self.image.name} " \
-               f"{self.image.width.size}\n" + describe(self.segments)  # fmt: skip
+               f"{self.image.width.size}\n" + describe(self.segments) \
+               + ("" if self.writes is None else f"\n{describe(self.writes.segments)} (the decoder; it reads "
+                  f"{self.writes.context})")  # fmt: skip
 
 
 AutoConfig.register("interlace", VLConfig)

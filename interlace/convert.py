@@ -21,7 +21,7 @@ from interlace.config import VLConfig
 from interlace.errors import UserError
 from interlace.layers import Kind
 from interlace.model import VLModel
-from interlace.presets import Preset, preset, vilbert, vision_encoder_decoder
+from interlace.presets import Preset, preset, vilbert, vilt, vision_encoder_decoder
 from interlace.weights import OURS_ALONE, Keys, Report, _line, load_foreign, read_release
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ TABLES = {  # of the presets whose files differ by task; the others have KEYS an
     "blip_caption": ("CAPTION_KEYS", "HF_CAPTION_KEYS"), "blip_vqa": ("VQA_KEYS", "HF_VQA_KEYS"),
     "blip": ("KEYS",), "blip_large": ("KEYS",),
 }  # fmt: skip
+BARE = ("lxmert", "visual_bert", "vilt")  # of transformers, whose bare models leave this out before their names
 HEADS: dict[str, Any] = {  # that fine-tuned files have, beside those of pre-training; their sizes come from the file
     "uniter": {"answers": {"kind": "transformed"}, "rank": {"kind": "linear"},
                "refer": {"kind": "transformed", "stream": "image"}, "pair": {"kind": "uniter_pair"}},
@@ -79,7 +80,15 @@ def read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{beside} is not JSON ({error}): mend it or take it away.") from None
     if not isinstance(given, dict):
         raise UserError(f"{beside}: expected a configuration, names and values; got a {type(given).__name__}.")
-    return tensors, given
+    return _of_transformers(tensors, given), given
+
+
+def _of_transformers(tensors: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Tensor]:
+    """Under the names that its models with heads have."""
+    base = f"{given.get('model_type')}."
+    if base[:-1] in BARE and not any(name.startswith(base) for name in tensors):
+        tensors = {base + name: tensor for name, tensor in tensors.items()}
+    return vilt.told_apart(tensors)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -182,6 +191,9 @@ def sized(config: VLConfig, shapes: Mapping[str, tuple[int, ...]], given: dict[s
     for head in config.heads.values():
         if hf and head.get("kind") in ("tied", "transformed"):  # transformers has one epsilon for all
             head["eps"] = config.text.width.eps
+    if hf and config.writes is not None:  # BLIP's: it starts with [DEC] and ends with [SEP]
+        config.writes.start = _find(given, "text_config.bos_token_id") or config.writes.start
+        config.writes.end = _find(given, "text_config.sep_token_id") or config.writes.end
     if hasattr(config.text, "eos") and (eos := _find(given, "text_config.eos_token_id")) not in (None, 2):
         config.text.eos = eos  # 2 stands in OpenAI's own folders, written before the id was read: 49407 is meant
     return config
@@ -339,6 +351,7 @@ def convert(source: str | Path, out: str | Path, name: str, console: Console | N
     from rich.console import Console
 
     from interlace.convert_run import answers_from, difference, tokenizer_for, write_run
+    from interlace.towers import quiet
 
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -351,7 +364,8 @@ def convert(source: str | Path, out: str | Path, name: str, console: Console | N
     listed = answers_from(answers, labels) if answers else []
     if words is None:
         done.model.config.architectures = ["VLModel"]
-        done.model.save_pretrained(folder)
+        with quiet():
+            done.model.save_pretrained(folder)
     else:
         write_run(folder, done.model, preset(name)[0], words, origin, listed)
     console = console or Console()

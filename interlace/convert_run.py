@@ -16,7 +16,7 @@ from interlace import towers
 from interlace.data.processor import Processor
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
-from interlace.model import VLModel
+from interlace.model import Half, VLModel
 from interlace.presets import Preset
 from interlace.run import save_run
 from interlace.towers import quiet
@@ -142,8 +142,22 @@ def _clip(source: Path, model: VLModel, ids: Tensor, seen: Tensor | None) -> Pai
 
 
 def _blip(source: Path, model: VLModel, ids: Tensor, seen: Tensor | None) -> Pairs:
-    vision: Any = hf.BlipForImageTextRetrieval.from_pretrained(source, local_files_only=True).eval().vision_model
-    return [(model.half_image(seen).states, vision(pixel_values=seen).last_hidden_state)]  # type: ignore[arg-type]
+    reads = "" if model.decoder is None else model.config.writes.context
+    class_ = {"": hf.BlipForImageTextRetrieval, "image": hf.BlipForConditionalGeneration,
+              "text": hf.BlipForQuestionAnswering}[reads]  # fmt: skip
+    other: Any = class_.from_pretrained(source, local_files_only=True).eval()
+    theirs, ours = other.vision_model(pixel_values=seen).last_hidden_state, model.half_image(seen)  # type: ignore
+    pairs: Pairs = [(ours.states, theirs)]
+    if not reads:
+        text = other.text_encoder(input_ids=ids, encoder_hidden_states=theirs).last_hidden_state
+        return [*pairs, (model.fuse(model.half_text(ids), ours).text, text)]
+    decoder: Any = model.decoder
+    if reads == "text":
+        theirs = other.text_encoder(input_ids=ids, encoder_hidden_states=theirs).last_hidden_state
+        ours = Half(cast(Tensor, model.fuse(model.half_text(ids), ours).text), None)
+        pairs.append((ours.states, theirs))
+    written = other.text_decoder(input_ids=ids, encoder_hidden_states=theirs).logits
+    return [*pairs, (decoder(ids, ours.states).logits, written)]
 
 
 def _regions(model: VLModel) -> tuple[Tensor, Tensor]:

@@ -233,11 +233,18 @@ class Run:
             out.append(logits.softmax(-1)[:, 1].cpu().numpy())
         return np.concatenate(out) if out else np.zeros(0, np.float32)
 
+    def _needs_answers(self) -> None:
+        if self.can_answer:
+            return
+        if "answers" in self.model.heads:
+            raise UserError(f"the run in {self.folder} has an answer head, but no list of its answers: convert the "
+                            "weights again with --answers FILE.json, the list they were trained with.")  # fmt: skip
+        raise UserError(f"the run in {self.folder} does not answer questions: train it with the vqa objective.")
+
     @torch.inference_mode()
     def answer_logits(self, pictures: Sequence[Seen], questions: list[str]) -> Tensor:
         """One question each -> (N, A) logits over the answer list."""
-        if not self.can_answer:
-            raise UserError(f"the run in {self.folder} does not answer questions: train it with the vqa objective.")
+        self._needs_answers()
         text, image = self.model.half_text(*self._words(questions)), self.half_image(pictures)
         out = self.model.fuse(text, image)
         return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
@@ -256,8 +263,7 @@ class Run:
         """Positions in the answer list; names are compared without case."""
         from interlace.errors import suggest
 
-        if not self.can_answer:
-            raise UserError(f"the run in {self.folder} does not answer questions: train it with the vqa objective.")
+        self._needs_answers()
         if allowed is None:
             return list(range(len(self.answers)))
         index = {a.lower(): n for n, a in enumerate(self.answers)}

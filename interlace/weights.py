@@ -301,12 +301,17 @@ def _guess(names: list[str], keys: Keys) -> str:
         stripped = [name[len(start) :] for name in names if name.startswith(start)]
         if sum(_line(name, keys) is not None for name in stripped) > len(names) / 2:
             return f"With prefix={start!r} the table knows most of them."
-    share = {preset: sum(_line(name, table) is not None for name in names) / max(len(names), 1)
-             for preset, table in _tables().items()}  # fmt: skip
-    best = max(share, key=lambda preset: share[preset], default=None)
+
+    def known(table: Keys, start: str) -> float:
+        own = [n[len(start) :] for n in names if n.startswith(start)]
+        return sum(_line(n, table) is not None for n in own) / max(len(names), 1)
+
+    share = {(preset, start): known(table, start) for preset, table in _tables().items() for start in ("", *starts)}
+    best = max(share, key=lambda pair: share[pair], default=None)
     if best is None or share[best] <= 0.5:
         return "No preset knows most of these names."
-    return f"They look like the release of {best!r} ({share[best]:.0%} of the names are known there)."
+    behind = f" behind the prefix {best[1]!r}" if best[1] else ""
+    return f"They look like the release of {best[0]!r} ({share[best]:.0%} of the names are known there{behind})."
 
 
 def _tables() -> dict[str, Keys]:

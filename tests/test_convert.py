@@ -123,6 +123,13 @@ def test_another_system_s_file_is_recognised(tmp_path):
         convert(file, tmp_path / "ours", "uniter", QUIET)
 
 
+def test_another_system_s_file_is_recognised_behind_a_prefix(tmp_path):
+    tensors = save_foreign(VLModel(uniter.tiny()), uniter.KEYS, prefix="module.")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"the release of 'uniter' \(.* known there behind the prefix 'module\.'\)"):
+        convert(tmp_path / "model.safetensors", tmp_path / "ours", "vilt", QUIET)
+
+
 def test_what_is_refused(tmp_path):
     file, _ = release(tmp_path, "uniter")
     with pytest.raises(UserError, match="not empty"):

@@ -9,13 +9,19 @@ from PIL import Image
 from rich.console import Console
 from transformers import (
     BlipConfig,
+    BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
     LxmertConfig,
     LxmertForPreTraining,
+    LxmertModel,
     ViltConfig,
+    ViltForImagesAndTextClassification,
     ViltForMaskedLM,
+    ViltModel,
     VisualBertConfig,
     VisualBertForPreTraining,
+    VisualBertModel,
 )
 
 from interlace.cli import main
@@ -23,8 +29,9 @@ from interlace.compose import Composition
 from interlace.convert import convert
 from interlace.convert_run import difference
 from interlace.errors import UserError
-from interlace.model import VLModel
+from interlace.model import Half, VLModel
 from interlace.objectives import ITM
+from interlace.presets import vilt
 from interlace.regions.arrays import RegionArrays
 from interlace.regions.open import open_regions
 from interlace.regions.store import Stamp, Writer
@@ -37,11 +44,11 @@ QUIET = Console(quiet=True)
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
 
 
-def blip_folder(folder):
-    text = {**TEXT, "max_position_embeddings": 32, "encoder_hidden_size": 32}
+def blip_folder(folder, class_=BlipForImageTextRetrieval):
+    text = {**TEXT, "max_position_embeddings": 32, "encoder_hidden_size": 32, "bos_token_id": 90, "sep_token_id": 7}
     vision = {**TEXT, "image_size": 32, "patch_size": 8}
-    BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=16)
-                              ).save_pretrained(folder)  # fmt: skip
+    config = BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=16)
+    class_(config).save_pretrained(folder)
 
 
 def lxmert_folder(folder):
@@ -76,6 +83,59 @@ def test_the_difference_from_transformers_is_rounding(name, tmp_path):
             if name.startswith("schedule.") and p.ndim > 1:
                 p += 0.1 * torch.randn_like(p)
     assert difference(tmp_path / "theirs", model) > 1e-2  # and it can be larger
+
+
+@pytest.mark.parametrize("name, class_, ours", [
+    ("blip_retrieval", BlipForImageTextRetrieval, "schedule.fuse.0.ffn.up.bias"),
+    ("blip_caption", BlipForConditionalGeneration, "decoder.head.bias"),
+    ("blip_vqa", BlipForQuestionAnswering, "schedule.fuse.0.ffn.up.bias")])  # fmt: skip
+def test_what_blip_reads_and_writes_is_compared_too(name, class_, ours, tmp_path):
+    blip_folder(tmp_path / "theirs", class_)
+    model = convert(tmp_path / "theirs", tmp_path / "ours", name, QUIET).model
+    if model.config.writes is not None:
+        assert (model.config.writes.start, model.config.writes.end) == (90, 7)  # of its configuration
+        assert "(the decoder; it reads" in model.config.describe()
+    assert difference(tmp_path / "theirs", model) < 2e-5
+    with torch.no_grad():
+        model.state_dict()[ours] += 0.5
+    assert difference(tmp_path / "theirs", model) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["lxmert", "visual_bert", "vilt"])
+def test_a_bare_model_of_transformers(name, tmp_path):
+    sizes = {k: v for k, v in TEXT.items() if k != "num_hidden_layers"}
+    bare = {"lxmert": lambda: LxmertModel(LxmertConfig(**sizes, l_layers=2, r_layers=1, x_layers=2)),
+            "visual_bert": lambda: VisualBertModel(VisualBertConfig(**TEXT)),
+            "vilt": lambda: ViltModel(ViltConfig(**TEXT, image_size=32, patch_size=8))}  # fmt: skip
+    bare[name]().save_pretrained(tmp_path / "theirs")
+    done = convert(tmp_path / "theirs", tmp_path / "ours", name, QUIET)
+    assert not done.model.heads and not done.report.dropped and not done.report.fresh
+    assert difference(tmp_path / "theirs", done.model) < 2e-5
+
+
+def test_vilt_over_two_pictures(tmp_path):
+    config = ViltConfig(**TEXT, image_size=32, patch_size=8, num_images=2, modality_type_vocab_size=3)
+    theirs = ViltForImagesAndTextClassification(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = convert(tmp_path / "theirs", tmp_path / "ours", "vilt", QUIET).model.eval()
+    ids, pixels = torch.randint(5, 99, (2, 7)), torch.rand(2, 2, 3, 32, 32)
+    mask = torch.ones(2, 2, 32, 32, dtype=torch.long)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=pixels, pixel_mask=mask).logits
+        text = model.half_text(ids)
+        first, second = (Half(*model.image(pixels[:, n], mask[:, n], n)) for n in (0, 1))
+        ours = vilt.compare(model, text, first, second)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_a_model_with_an_answer_head_and_no_list_says_so(text_tower, tmp_path):
+    words = len(load_tokenizer(str(text_tower)))
+    config = LxmertConfig(**{**{k: v for k, v in TEXT.items() if k != "num_hidden_layers"}, "vocab_size": words},
+                          l_layers=1, r_layers=1, x_layers=1, visual_feat_dim=20, num_qa_labels=11)  # fmt: skip
+    LxmertForPreTraining(config).save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", "lxmert", QUIET, tokenizer=str(text_tower))
+    with pytest.raises(UserError, match="no list of its answers: convert the weights again with --answers"):
+        Run.load(tmp_path / "ours").answer(Image.new("RGB", (32, 32)), "what is it?")
 
 
 def test_a_folder_with_its_tokenizer_becomes_a_run(text_tower, tmp_path, capsys):

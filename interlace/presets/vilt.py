@@ -147,7 +147,7 @@ KEYS = {
 }  # fmt: skip
 
 _AT = "vilt.encoder.layer.{n}"
-HF_KEYS = {  # transformers' ViltForMaskedLM, ViltForQuestionAnswering, ViltForImageAndTextRetrieval
+HF_KEYS = {  # transformers' ViltForMaskedLM and its kin
     **{f"vilt.embeddings.text_embeddings.{theirs}": f"text.{ours}" for theirs, ours in _EMBEDDINGS.items()},
     "vilt.embeddings.token_type_embeddings.weight": ("text.modality", "image.modality"),
     "vilt.embeddings.cls_token": "image.first",
@@ -166,5 +166,15 @@ HF_KEYS = {  # transformers' ViltForMaskedLM, ViltForQuestionAnswering, ViltForI
     "mlm_score.decoder": "heads.mlm.out",
     "mlm_score.bias": "heads.mlm.out.bias",  # a second name in older files
     "rank_output": "heads.rank.out",
-    **{f"classifier.{n}": f"heads.answers.{part}" for n, part in ((0, "dense"), (1, "norm"), (3, "out"))},
+    **{f"{theirs}classifier.{n}": f"heads.{ours}.{part}" for theirs, ours in (("", "answers"), ("nlvr2_", "nlvr2"))
+       for n, part in ((0, "dense"), (1, "norm"), (3, "out"))},  # "nlvr2_": not its own name, see `told_apart`
 }
+
+
+def told_apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' two classifiers have one name; that over two pictures reads twice the width of the words."""
+    table = tensors.get("vilt.embeddings.text_embeddings.word_embeddings.weight")
+    first = tensors.get("classifier.0.weight")
+    if table is None or first is None or first.shape[1] == table.shape[1]:
+        return tensors
+    return {f"nlvr2_{name}" if name.startswith("classifier.") else name: value for name, value in tensors.items()}
