@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -329,6 +330,12 @@ def _tables() -> dict[str, Keys]:
     return tables
 
 
+def _why(error: Exception) -> str:
+    """torch's advice is to open the file all the same; what it met is enough."""
+    met = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it asks for {met[1]}" if met else "damaged, or not written by torch.save"
+
+
 def read_release(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a release file: safetensors, or a pickle of nothing but tensors (torch.load, weights_only=True).
 
@@ -339,12 +346,17 @@ def read_release(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"no file {path}: give the release's weights, .safetensors, .bin, .pt, .pth or .model.")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path.name} is no safetensors file, or half of one ({str(error).strip()}): copy it "
+                            "again.") from None  # fmt: skip
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path.name} is no file of plain tensors ({str(error).splitlines()[0]}). Only such files are "
-                        "opened, since others may run code: convert it to safetensors first.") from None  # fmt: skip
+        raise UserError(f"{path.name} is no file of plain tensors ({_why(error)}). Only such files are opened, since "
+                        "others may run code: where you trust it, write its tensors to a safetensors file "
+                        "first.") from None  # fmt: skip
     for entry in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(entry), dict):
             content = content[entry]
