@@ -400,8 +400,8 @@ class SafeTrainer(Trainer):
         raise UserError(
             f"The {what} of step {step} is not a finite number{f' ({named})' if named else ''}. The weights were not "
             f"updated with it; the last checkpoint is {last.name if last else 'none yet'}. The rows of the batch are "
-            f"in {file}. Usual fixes: a lower learning rate or longer warmup, max_grad_norm=1, float32 or bfloat16 "
-            "instead of float16, a look at those rows.")
+            f"in {file}. Usual fixes: a lower learning rate or longer warmup, clipped gradients (train.clip=1), "
+            "float32 or bfloat16 instead of float16, a look at those rows.")
 
     # ------------------------------------------------------------------------------------------------ several ranks
 

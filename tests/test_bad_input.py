@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from interlace import train as module
+from interlace.checkpoints import newest_complete, step_of
 from interlace.compose import Composition
 from interlace.errors import Stopped, UserError
 from interlace.objectives import MLM, MRFR
@@ -128,6 +129,15 @@ def test_an_objective_its_system_has_no_part_for_says_which_have(shapes, text_to
         train(made)
 
 
+@pytest.mark.parametrize("objective, systems", [("mrc", "uniter"), ("mrc_kl", "uniter"), ("mvrc", "vl_bert"),
+                                                ("region_labels", "lxmert")])  # fmt: skip
+def test_a_head_that_only_presets_bring_is_said_with_who_has_it(objective, systems, settings):
+    made = settings()
+    made.objectives = {objective: {}}
+    with pytest.raises(UserError, match=rf"{objective}.* needs the '\w+' head.* Systems that have it: .*{systems}"):
+        train(made)
+
+
 # ------------------------------------------------------------------------------------------------------------- captions
 
 WITH_CAPTIONS = ["uniter-small", "visual_bert-small", "vl_bert-small", "lxmert-small", "vilbert-small", "vilt-small",
@@ -183,12 +193,19 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_rows_and_losses(shapes
     """A mixed pass whose weights flew apart: the rows are those of the step, the losses those of its objectives."""
     made = small("visual_bert-small", shapes, text_tower, image_tower, tmp_path / "run", "train.lr=1e20",
                  "train.clip=0", "train.mix=sum")  # fmt: skip
-    made.train.steps, made.train.warmup, made.train.start_lr = 4, 0.0, 0.0
+    made.train.steps, made.train.warmup, made.train.start_lr, made.train.checkpoint_every = 4, 0.0, 0.0, 1
     with pytest.raises(UserError, match=r"is not a finite number.*bad_batch\.json.*a lower learning rate"):
         train(made)
     bad = json.loads((tmp_path / "run/checkpoints/bad_batch.json").read_text())
     assert len(bad["ids"]) == 8 and all(row.count("-") == 2 for row in bad["ids"])
     assert {"mlm", "itm", "both/itm"} <= bad["ranks"][0]["losses"].keys()
+    good = newest_complete(tmp_path / "run/checkpoints")
+    assert step_of(good) == bad["step"] - 1  # of the last step whose loss was a number, and of none after it
+    files = {file.name: file.read_bytes() for file in good.iterdir() if file.is_file()}
+    with pytest.raises(UserError, match=f"step {bad['step']} is not a finite number"):
+        train(made)  # going on comes to the same rows, which is how to look at them
+    assert json.loads((tmp_path / "run/checkpoints/bad_batch.json").read_text())["ids"] == bad["ids"]
+    assert {file.name: file.read_bytes() for file in good.iterdir() if file.is_file()} == files
 
 
 # --------------------------------------------------------------------------------------------------- data that changed

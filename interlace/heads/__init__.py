@@ -28,6 +28,12 @@ def build_head(name: str, options: dict[str, Any], text: int, image: int) -> nn.
     kind = options.pop("kind", name)
     if kind not in HEADS:
         import interlace.presets  # noqa: F401  a preset's own head is known once its file is imported
+    if kind not in HEADS and kind == name:  # an objective asked for it by its name, and no preset has brought it
+        from interlace.objectives.base import Objective, who_has
+
+        if asking := [one.name for one in Objective.known.values() if one.head == name]:
+            raise UserError(f"{', '.join(asking)} needs the {name!r} head, whose size the data's detector decides, and "
+                            f"this model has none.{who_has(name)}")  # fmt: skip
     if kind not in HEADS:
         raise UserError(f"no head is called {kind!r} (known: {', '.join(HEADS)}).{suggest(kind, HEADS)}")
     return HEADS[kind](text, image, **options)

@@ -18,8 +18,9 @@ class AnswerQuestions(Objective):
     Columns: image, question, answers. Hides: nothing itself. Sees: everyone sees everyone. Head: answers. Logs:
     answers, answers_accuracy.
 
-    `rate`: share of the visits of a picture with questions that read one instead of its caption. A question that ITM
-    swapped for another picture's sentence is not answered (section 3.1.3: mismatched pairs are left out).
+    `rate`: share of the visits of a picture with questions that read one instead of its caption. Of several answers one
+    is drawn, in proportion to how many people gave it. A question that ITM swapped for another picture's sentence is
+    not answered (section 3.1.3: mismatched pairs are left out).
     """
 
     name = "answers"
@@ -42,8 +43,12 @@ class AnswerQuestions(Objective):
         if rng.random() < self.rate:
             for question in draw.questions_about(index, rng, 1):
                 known = [(score, self.index[a]) for a, score in question.answers if a in self.index and score > 0]
-                sample["part"]["text"] = question.question
-                label = max(known)[1] if known else -100
+                sample["part"]["text"], label = question.question, -100
+                if len(known) > 1:  # one of several, as often as people gave it, as in the release
+                    share = np.array([score for score, _ in known])
+                    label = known[rng.choice(len(known), p=share / share.sum())][1]
+                elif known:
+                    label = known[0][1]
         sample["part"]["answer"] = torch.tensor(label)
 
     def corrupt(self, part: Batch, rngs: list[np.random.Generator], processor) -> None:

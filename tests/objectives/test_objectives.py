@@ -4,7 +4,9 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from interlace.embed.words import Words
 from interlace.errors import UserError
 from interlace.layers import Width
 from interlace.learner import Learner
-from interlace.objectives import ITC, ITM, VQA
+from interlace.objectives import ITC, ITM, VQA, AnswerQuestions
 from interlace.objectives.base import Views
 from interlace.objectives.itc import contrast
 from interlace.objectives.whole import look_ahead
@@ -224,6 +226,21 @@ def test_the_alarm_knows_every_contrast_and_the_names_of_passes(capsys):
         alarm.on_log(None, Step(step), None, logs=logs)
     assert logs["itc_momentum_alarm"] == logs["itc_sigmoid_alarm"] == logs["more/itm_alarm"] == 1
     assert len(alarm.raised) == 3 and "text/itc_alarm" not in logs
+
+
+def test_of_several_answers_one_is_drawn_as_often_as_people_gave_it():
+    class Draw:
+        def questions_about(self, index, rng, most):
+            answers = [("red", 0.75), ("pink", 0.25), ("unheard of", 5.0), ("no", 0.0)]
+            return [SimpleNamespace(question="which colour?", answers=answers)]
+
+    objective, rng, drawn = AnswerQuestions(["no", "pink", "red"], rate=1.0), np.random.default_rng(0), []
+    for _ in range(400):
+        sample = {"part": {}}
+        objective.prepare(sample, None, 0, Draw(), rng)
+        drawn.append(int(sample["part"]["answer"]))
+    assert sample["part"]["text"] == "which colour?" and set(drawn) == {1, 2}
+    assert 0.68 < drawn.count(2) / len(drawn) < 0.82
 
 
 def test_an_objective_without_its_head_is_refused():
