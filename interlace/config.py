@@ -77,7 +77,7 @@ class VLConfig(PreTrainedConfig):
         """The figure in words: embedders, then one line per segment."""
         return f"{'text':10s} {self.text.name} {self.text.width.size}\n{'image':10s} {self.image.name} " \
                f"{self.image.width.size}\n" + describe(self.segments) \
-               + ("" if self.writes is None else f"\n{describe(self.writes.segments)} (the decoder; it reads "
+               + ("" if self.writes is None else f"\n{describe(dict(self.writes.segments))} (the decoder; it reads "
                   f"{self.writes.context})")  # fmt: skip
 
 

@@ -146,15 +146,15 @@ def test_files_of_tensors_open_and_others_are_refused(tmp_path):
     torch.save({"state_dict": release(), "epoch": 3}, tmp_path / "a.model")
     assert set(read_release(tmp_path / "a.model")) == set(release())
     torch.save({"state_dict": release(), "args": Ours()}, tmp_path / "b.pt")
-    with pytest.raises(UserError, match=r"no file of plain tensors \(it asks for \S*Ours\).*others may run code") as told:
+    with pytest.raises(UserError, match=r"no file of plain tensors \(it asks for \S*Ours\)") as told:
         read_release(tmp_path / "b.pt")
     assert "weights_only" not in str(told.value) and "\x1b" not in str(told.value)  # torch's advice is to run it
     whole = (tmp_path / "a.model").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"hello", b""):
         (tmp_path / "d.pt").write_bytes(damaged)
-        with pytest.raises(UserError, match="damaged, or not written by torch.save"):
+        with pytest.raises(UserError, match="damaged, or not written by"):
             read_release(tmp_path / "d.pt")
-    save_file(release(), tmp_path / "whole.safetensors")
+    save_file({name: value.clone() for name, value in release().items()}, tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"hello", b""):
         (tmp_path / "e.safetensors").write_bytes(damaged)
