@@ -12,6 +12,7 @@ from interlace.errors import UserError
 from interlace.memory import choose_micro_batch, largest, parse_bytes, peak, process_peak, step_peak
 from interlace.train import build_passes, make_learner, train
 from tests.conftest import toy_settings
+from tests.objectives.ranks import without_dropout
 
 
 def test_sizes_are_read_and_nonsense_is_not():
@@ -111,11 +112,16 @@ def test_a_run_within_little_memory_learns_in_micro_batches(shapes, text_tower, 
     settings = toy_settings(shapes, text_tower, tmp_path / "run", steps=2, batch=48, evaluate=False, log_every=1,
                             memory="5MB")  # fmt: skip
     settings.objectives = {"itc": {"size": 32}}
-    train(settings)
+    train(settings, make=without_dropout)
     chosen = json.loads((tmp_path / "run" / memory.CHOSEN).read_text())
     assert 2 <= chosen["rows"] < 48 and chosen["bytes"] <= 5e6
     first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert first["itc_chance"] == pytest.approx(3.8712, abs=1e-3)  # ln 48
+    settings.train.memory, settings.train.out = "", str(tmp_path / "whole")
+    train(settings, make=without_dropout)
+    whole = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
+    for name in ("loss", "itc", "itc_accuracy", "grad_norm"):  # all rows at once: the same step
+        assert first[name] == pytest.approx(whole[name], rel=1e-4), name
 
 
 def test_settings_of_memory_that_cannot_work_are_explained(shapes, text_tower, tmp_path):
