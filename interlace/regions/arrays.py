@@ -62,12 +62,19 @@ def check_regions(regions: RegionArrays, features: int | None = None, beliefs: i
         raise BadRegions(f"{x.shape[1]} features per region, expected {features}: another extractor's?")
     if beliefs is not None and regions.beliefs is not None and regions.beliefs.shape[1:] != (beliefs,):
         raise BadRegions(f"beliefs of shape {regions.beliefs.shape}, expected {beliefs} classes per region")
+    check_boxes(boxes)
+    return replace(regions, boxes=boxes.clip(0, 1))
+
+
+def check_boxes(boxes: np.ndarray) -> None:
+    """(I, 4). Raises BadRegions for none, one outside the picture, or with its corners in the wrong order."""
+    if not boxes.size:
+        raise BadRegions("zero regions")
     _none_of((boxes[:, 2:] < boxes[:, :2]).any(axis=1), boxes, "with its corners in the wrong order (expected x1, y1, "
              "x2, y2; of x, y, width, height add the sides to the first corner)")  # fmt: skip
     pixels = " (pixels? then the file must say the picture's width and height)" if boxes.max() > 2 else ""
     outside = ((boxes < -CLOSE) | (boxes > 1 + CLOSE)).any(axis=1)
     _none_of(outside, boxes, f"outside the picture, which is 0 to 1{pixels}")
-    return replace(regions, boxes=boxes.clip(0, 1))
 
 
 def _none_of(wrong: Any, boxes: np.ndarray, what: str) -> None:

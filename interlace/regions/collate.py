@@ -12,7 +12,7 @@ from torch import Tensor
 from interlace.embed.grid import box_numbers
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
-from interlace.regions.arrays import RegionArrays, with_whole
+from interlace.regions.arrays import BadRegions, RegionArrays, check_boxes, with_whole
 
 LABELS = ("objects", "attributes")  # padded with -1: not scored
 
@@ -33,9 +33,15 @@ def collate_regions(rows: Sequence[RegionArrays], boxes: int = 4, whole: bool = 
             (UNITER); 0 leaves them out (VisualBERT).
         whole: put the whole picture in front (ViLBERT, VL-BERT).
 
-    Raises UserError for any other number of box numbers, and for pictures whose features differ in width or of which
-    only some have beliefs or labels: they are of different extractors.
+    Raises UserError for any other number of box numbers, for a box outside its picture or with its corners in the wrong
+    order, and for pictures whose features differ in width or of which only some have beliefs or labels: they are of
+    different extractors.
     """
+    for n, row in enumerate(rows):
+        try:
+            check_boxes(row.boxes)  # what was read from a file was looked at there; what a program made, was not
+        except BadRegions as bad:
+            raise UserError(f"picture {n} of {len(rows)}: {bad.reason}.") from None
     rows = [with_whole(row) for row in rows] if whole else rows
     names = set(rows[0].given())
     widths = {(row.features.shape[1], None if row.beliefs is None else row.beliefs.shape[1]) for row in rows}

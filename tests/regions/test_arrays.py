@@ -44,6 +44,16 @@ def test_what_cannot_be_used_is_refused_with_its_reason(reason):
         check_regions(BAD[reason], features=8, beliefs=5)
 
 
+@pytest.mark.parametrize("made, reason", [
+    (RegionArrays(np.zeros((0, 8)), np.zeros((0, 4))), "zero regions"),
+    (boxed(0.5, 0, 0.2, 1), r"box 1 of 3 \(0.5, 0, 0.2, 1\) with its corners in the wrong order"),
+    (boxed(0, 0, 320, 200), r"box 1 of 3 .* outside the picture, which is 0 to 1 \(pixels\?"),
+], ids=["none", "unordered", "outside"])  # fmt: skip
+def test_what_a_program_made_is_looked_at_when_it_becomes_a_batch(made, reason):
+    with pytest.raises(UserError, match=rf"picture 1 of 2: {reason}"):
+        collate_regions([changed(), made])
+
+
 def test_a_loader_that_skips_bad_pictures_skips_bad_regions():
     assert issubclass(BadRegions, BadPicture)
 
