@@ -125,8 +125,19 @@ def test_objectives_beside_passes_are_refused(tmp_path):
 def test_an_objective_its_system_has_no_part_for_says_which_have(shapes, text_tower, image_tower, tmp_path):
     made = small("blip-small", shapes, text_tower, image_tower, tmp_path / "run")
     made.passes = [{"wra": {}, "mrfr": {}}]
-    with pytest.raises(UserError, match="mrfr hides parts of the picture, and the image part 'image_stem' has nothing"):
+    with pytest.raises(UserError, match="mrfr hides parts of the picture, and the image part 'image_stem' has nothing.*"
+                       "Systems that have it: vilbert, lxmert, visual_bert, vl_bert, uniter, mlim"):  # fmt: skip
         train(made)
+
+
+def test_a_decoder_that_reads_something_else_says_which_systems_have_one():
+    from interlace.model import VLModel
+    from interlace.objectives import LM
+    from interlace.presets import uniter
+
+    with pytest.raises(UserError, match="lm wants a decoder that reads the picture, and this model has none.*"
+                       "Systems that have it: blip, vision_encoder_decoder"):  # fmt: skip
+        LM().check(VLModel(uniter.tiny()))
 
 
 @pytest.mark.parametrize("objective, systems", [("mrc", "uniter"), ("mrc_kl", "uniter"), ("mvrc", "vl_bert"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -280,10 +281,21 @@ class Pass:
 
 def who_has(head: str) -> str:
     """" Systems that have it: ...", for an error; nothing when none has."""
+    return systems_where(lambda config: head in getattr(config, "heads", {}))
+
+
+def systems_where(has: Callable[[Any], bool]) -> str:
+    """" Systems that have it: ...": those whose configuration, as published, has what is missing."""
     from interlace.presets import PRESETS
 
-    systems = [name for name, line in PRESETS.items() if head in getattr(line.make(), "heads", {})]
+    systems = [name for name, line in PRESETS.items() if has(line.make())]
     return f" Systems that have it: {', '.join(systems)}." if systems else ""
+
+
+def hides(config: Any) -> bool:
+    """Whether a configuration's image part has something to put in the place of what is to be guessed."""
+    image = getattr(config, "image", None)
+    return getattr(image, "hide", False) or hasattr(image, "features") or (image is not None and image.name == "blocks")
 
 
 def build_objective(name: str, options: dict[str, Any]) -> Objective:

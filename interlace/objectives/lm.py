@@ -16,7 +16,7 @@ from interlace.embed.words import Words
 from interlace.errors import UserError
 from interlace.layers import READ
 from interlace.model import Half, VLModel
-from interlace.objectives.base import Batch, Objective, Scored, Views
+from interlace.objectives.base import Batch, Objective, Scored, Views, systems_where
 
 SMOOTHING = 0.1  # of the release, wherever it scores words: training, captions, answers, ranking
 
@@ -115,10 +115,16 @@ def wanted_decoder(objectives: list[Objective], text: Embedder, tokenizer: Any) 
 def decoder_that_reads(model: VLModel, context: tuple[str, ...], who: str) -> TextDecoder:
     """Raises UserError when the model has no decoder, or one that reads something else."""
     if model.decoder is None or model.config.writes.context not in context:
+        def writes(config: Any) -> bool:
+            own = getattr(config, "writes", None)
+            if own is None:  # transformers' own pair of encoder and decoder
+                return "image" in context and getattr(config, "is_encoder_decoder", False)
+            return own.context in context
+
         has = "none" if model.decoder is None else f"one that reads {READS[model.config.writes.context]}"
         wanted = " or ".join(READS[one] for one in context)
         raise UserError(f"{who} wants a decoder that reads {wanted}, and this model has {has}: choose a system with "
-                        "such a decoder.")  # fmt: skip
+                        f"such a decoder.{systems_where(writes)}")  # fmt: skip
     return model.decoder
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from interlace.errors import UserError
 from interlace.model import VLModel
-from interlace.objectives.base import Batch, Objective, Scored, Views
+from interlace.objectives.base import Batch, Objective, Scored, Views, hides, systems_where
 from interlace.objectives.mlm import MLM
 
 SCOPES = ("sample", "batch")
@@ -89,7 +89,8 @@ def check_hiding(name: str, model: VLModel) -> None:
     """Raises UserError when the image part has nothing to put in the place of a hidden cell."""
     if not (getattr(model.image, "hides", False) or hasattr(model.config.image, "features")):
         raise UserError(f"{name} hides parts of the picture, and the image part {model.config.image.name!r} has "
-                        "nothing to put in their place: use blocks, regions, a grid, or `hide: true`.")  # fmt: skip
+                        "nothing to put in their place: use blocks, regions, a grid, or `hide: true`."
+                        f"{systems_where(hides)}")  # fmt: skip
 
 
 class MAM(MLM):

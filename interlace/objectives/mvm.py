@@ -15,7 +15,7 @@ from interlace.embed.grid import GridTower
 from interlace.errors import UserError
 from interlace.heads import Tied
 from interlace.model import VLModel
-from interlace.objectives.base import Batch, Objective, Scored, Views
+from interlace.objectives.base import Batch, Objective, Scored, Views, hides, systems_where
 
 BACKGROUND = 0  # the detector's class for no object
 
@@ -76,7 +76,8 @@ class MaskedRegions(Objective):
         super().check(model)
         if not (getattr(model.image, "hides", False) or hasattr(model.config.image, "features")):
             raise UserError(f"{self.name} hides parts of the picture, and the image part {model.config.image.name!r} "
-                            "has nothing to put in their place: use regions, a grid, or `hide: true`.")  # fmt: skip
+                            "has nothing to put in their place: use regions, a grid, or `hide: true`."
+                            f"{systems_where(hides)}")  # fmt: skip
 
     def corrupt(self, part: Batch, rngs: list[np.random.Generator], processor) -> None:
         if "hidden" in part:  # two guesses at the same hidden regions share a pass: they are hidden once

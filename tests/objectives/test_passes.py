@@ -171,6 +171,17 @@ def test_at_least_one_word_is_hidden_unless_told_otherwise():
     assert not (hidden(MLM(mask=0.01, at_least_one=False))[1]["word_labels"] >= 0).any(1).all()
 
 
+def test_words_are_said_at_hidden_positions_alone(system, source):
+    """A head over a vocabulary is the dearest part of a step: it never sees a position that is not asked about."""
+    model, processor = system("visual_bert")
+    b, said = batch(source, model, processor, range(6), drawn=(0,)), []
+    asked = int((b["parts"][0]["word_labels"] >= 0).sum())
+    handle = model.heads["mlm"].register_forward_hook(lambda head, given, out: said.append(tuple(out.shape)))
+    model(**b)
+    handle.remove()
+    assert 1 <= asked < b["parts"][0]["text_ids"].numel() / 2 and said == [(asked, len(processor.tokenizer))]
+
+
 def test_a_swapped_sentence_is_scored_or_not():
     rows = 40
     ids = torch.arange(10, 20).repeat(rows, 1)

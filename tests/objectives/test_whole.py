@@ -194,6 +194,49 @@ def test_two_ranks_give_the_loss_and_gradient_of_one_process(tmp_path):
         assert_same(got, {**gradients(model), **model.beside_tensors()})
 
 
+SIZES = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from test_whole import Views, batch, cut, learner
+
+class Largest(TorchDispatchMode):
+    seen = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {{}}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            self.seen = max(self.seen, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, full, found = dist.get_rank(), batch(list(range(8))), {{}}
+for name in ("itc", "itc_sigmoid"):
+    model, mine = learner(name), cut(full, slice(4 * rank, 4 * rank + 4))
+    views = Views(model, mine)
+    vectors = views.vector("image"), views.vector("caption")
+    with Largest() as largest:
+        model.objectives[0][0].loss(model, mine, views).loss.backward(inputs=list(vectors))
+    found[name] = largest.seen
+if rank == 0:
+    torch.save(found, {out!r})
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_pairs_one_by_one_hold_no_more_than_a_rank_s_own(tmp_path):
+    """Of two ranks with four rows each: a contrast over all holds 8 x 8 numbers, the vectors of all rows; one over
+    pairs holds those of its four, however many ranks there are."""
+    script, out = tmp_path / "sizes.py", tmp_path / "sizes.pt"
+    script.write_text(SIZES.format(tests=str(Path(__file__).parent), out=str(out)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+                           "--standalone", str(script)], capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.load(out, weights_only=True) == {"itc": 8 * 8, "itc_sigmoid": 4 * 8}
+
+
 # ------------------------------------------------------------------------------------------------------ hard negatives
 
 
