@@ -125,8 +125,8 @@ def test_objectives_beside_passes_are_refused(tmp_path):
 def test_an_objective_its_system_has_no_part_for_says_which_have(shapes, text_tower, image_tower, tmp_path):
     made = small("blip-small", shapes, text_tower, image_tower, tmp_path / "run")
     made.passes = [{"wra": {}, "mrfr": {}}]
-    with pytest.raises(UserError, match="mrfr hides parts of the picture, and the image part 'image_stem' has nothing.*"
-                       "Systems that have it: vilbert, lxmert, visual_bert, vl_bert, uniter, mlim"):  # fmt: skip
+    with pytest.raises(UserError, match=r"mrfr hides parts of the picture, and .* part 'image_stem' has nothing.*"
+                       r"Systems that have it: vilbert, lxmert, visual_bert, vl_bert, uniter\."):  # fmt: skip
         train(made)
 
 
@@ -135,7 +135,7 @@ def test_a_decoder_that_reads_something_else_says_which_systems_have_one():
     from interlace.objectives import LM
     from interlace.presets import uniter
 
-    with pytest.raises(UserError, match="lm wants a decoder that reads the picture, and this model has none.*"
+    with pytest.raises(UserError, match=r"lm wants a decoder that reads the picture, and this model has none.*"
                        "Systems that have it: blip, vision_encoder_decoder"):  # fmt: skip
         LM().check(VLModel(uniter.tiny()))
 

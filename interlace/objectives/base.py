@@ -295,7 +295,7 @@ def systems_where(has: Callable[[Any], bool]) -> str:
 def hides(config: Any) -> bool:
     """Whether a configuration's image part has something to put in the place of what is to be guessed."""
     image = getattr(config, "image", None)
-    return getattr(image, "hide", False) or hasattr(image, "features") or (image is not None and image.name == "blocks")
+    return getattr(image, "hide", False) or hasattr(image, "features") or getattr(image, "name", "") == "blocks"
 
 
 def build_objective(name: str, options: dict[str, Any]) -> Objective:

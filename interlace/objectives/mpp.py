@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,6 +50,11 @@ class MPP(MaskedRegions):
 
     name = "mpp"
     head = "patches"
+
+    @staticmethod
+    def reads(config: Any) -> bool:
+        """Whether a system has blocks that hide; patches do once their `hide` is true."""
+        return getattr(getattr(config, "image", None), "name", "") == "blocks"
 
     def head_for(self, text: Embedder, image: Embedder) -> dict:
         return {"kind": "transformed", "labels": 3 * side_of_cell(image, self.name) ** 2, "stream": "image"}

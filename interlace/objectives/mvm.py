@@ -6,6 +6,8 @@ features and classes; its release averages over them, and so do the means of wha
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from interlace.embed.grid import GridTower
 from interlace.errors import UserError
 from interlace.heads import Tied
 from interlace.model import VLModel
-from interlace.objectives.base import Batch, Objective, Scored, Views, hides, systems_where
+from interlace.objectives.base import Batch, Objective, Scored, Views, systems_where
 
 BACKGROUND = 0  # the detector's class for no object
 
@@ -77,7 +79,12 @@ class MaskedRegions(Objective):
         if not (getattr(model.image, "hides", False) or hasattr(model.config.image, "features")):
             raise UserError(f"{self.name} hides parts of the picture, and the image part {model.config.image.name!r} "
                             "has nothing to put in their place: use regions, a grid, or `hide: true`."
-                            f"{systems_where(hides)}")  # fmt: skip
+                            f"{systems_where(self.reads)}")  # fmt: skip
+
+    @staticmethod
+    def reads(config: Any) -> bool:
+        """Whether a system has regions to hide and to guess."""
+        return hasattr(getattr(config, "image", None), "features")
 
     def corrupt(self, part: Batch, rngs: list[np.random.Generator], processor) -> None:
         if "hidden" in part:  # two guesses at the same hidden regions share a pass: they are hidden once
