@@ -387,6 +387,9 @@ def convert(source: str | Path, out: str | Path, name: str, console: Console | N
                   + (f"; {', '.join(alone)} from the preset." if alone else "."), markup=False)  # fmt: skip
     if (apart := difference(origin, done.model)) is not None:
         console.print(f"largest difference from transformers on a random batch: {apart:.1e}", markup=False)
+    else:
+        console.print("not compared with transformers: the source is no folder of its, with a class that it ships",
+                      markup=False)  # fmt: skip
     if words is None:
         console.print("no tokenizer lies beside the weights, so this is a model and no run yet: name one with "
                       "--tokenizer, and search, answer, caption and evaluate take the folder.", markup=False)

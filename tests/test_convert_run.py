@@ -163,6 +163,13 @@ def test_it_is_indexed_and_searched_like_a_trained_one(text_tower, shapes, tmp_p
     assert len(json.loads(capsys.readouterr().out)["hits"]) == 3
 
 
+def test_a_file_of_the_release_says_that_nothing_was_compared(tmp_path, capsys):
+    file, _ = release(tmp_path, "lxmert")
+    assert main(["convert", str(file), str(tmp_path / "ours"), "--preset", "lxmert"]) == 0
+    said = capsys.readouterr().out
+    assert "not compared with transformers" in said and "largest difference" not in said
+
+
 def test_without_words_it_is_a_model_and_says_what_is_missing(tmp_path, capsys):
     hf_clip(tmp_path / "theirs")
     assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--preset", "clip"]) == 0
