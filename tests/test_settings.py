@@ -51,7 +51,7 @@ def test_data_named_as_a_config_is_recognised(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, options, said",
     [
-        ("itm", {"negative": "hard"}, "objective itm has no option 'negative'; it has negatives, rate, among, weight. "
+        ("itm", {"negative": "hard"}, "objective itm has no option 'negative'; it has negatives, rate, among, alike, weight. "
                                       "Did you mean 'negatives'?"),
         ("itc", {"size": "wide"}, "objectives.itc.size: expected a whole number, got 'wide'."),
         ("itc", {"temperature": True}, "objectives.itc.temperature: expected a number, got True."),
