@@ -51,8 +51,8 @@ def test_data_named_as_a_config_is_recognised(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, options, said",
     [
-        ("itm", {"negative": "hard"}, "objective itm has no option 'negative'; it has negatives, rate, among, alike, weight. "
-                                      "Did you mean 'negatives'?"),
+        ("itm", {"negative": "hard"}, "objective itm has no option 'negative'; it has negatives, rate, among, alike, "
+                                      "weight. Did you mean 'negatives'?"),
         ("itc", {"size": "wide"}, "objectives.itc.size: expected a whole number, got 'wide'."),
         ("itc", {"temperature": True}, "objectives.itc.temperature: expected a number, got True."),
         ("itc", {"colour": 1}, "objective itc has no option 'colour'; it has size, temperature, weight."),
