@@ -102,8 +102,9 @@ class Batch:
         answers = torch.zeros(size.batch, size.answers)
         answers[torch.arange(size.batch), torch.randint(size.answers, (size.batch,), generator=g)] = 1
         regions = size.batch, size.regions
+        corners = torch.rand(*regions, 2, 2, generator=g).sort(-2).values  # (left, top) before (right, bottom)
         return cls(ids, mask, ids.masked_fill(~hidden, HIDDEN), answers,
-                   torch.randn(*regions, size.features, generator=g), torch.rand(*regions, 4, generator=g),
+                   torch.randn(*regions, size.features, generator=g), corners.flatten(-2),
                    torch.randn(size.batch, 3, size.pixels, size.pixels, generator=g))  # fmt: skip
 
     @property

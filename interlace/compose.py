@@ -21,6 +21,7 @@ from interlace.layers import Width
 from interlace.model import VLModel
 from interlace.objectives.base import Objective
 from interlace.objectives.mlm import word_table
+from interlace.places import start_places
 from interlace.quiet import quiet_branches
 
 
@@ -44,6 +45,8 @@ class Composition:
     size: int = 160  # side of the picture in pixels
     patch: int = 16  # for image="patches"
     align: bool = True  # frozen towers: start the projections from the best linear map between them
+    text_layers: int = -1  # of the text tower, from below; 0: its word vectors alone; -1: all
+    places: bool = False  # start with loud positions, and let like read like: for what stands where (docs/binding.md)
     fit: str = "pad"  # pad | squash | crop: how a picture becomes a square
     max_length: int = 40  # tokens
 
@@ -55,13 +58,16 @@ def compose(what: Composition, objectives: list[Objective], augment: Augment | N
     config, image, text = configure(what, objectives)
     model = model_class(config)
     words = cast(TextTower, model.text)
-    words.tower.load_state_dict(text.model.state_dict())
+    words.tower.load_state_dict(text.model.state_dict())  # of the layers that are left
     words.start()
     if image is not None:
         cells = cast(ImageTower, model.image)
         cells.tower.load_state_dict(image.model.state_dict())
         cells.start()
-        quiet_branches(model.schedule)  # what two towers know already is worth more than a random mixture of it
+        if what.places:
+            start_places(model)
+        else:  # what two towers know already is worth more than a random mixture of it
+            quiet_branches(model.schedule)
     if image is not None and "contrast" in model.heads and model.contrast.text.out_features == what.width:
         nn.init.eye_(model.contrast.text.weight)
         nn.init.eye_(model.contrast.image.weight)
@@ -80,8 +86,9 @@ def configure(what: Composition, objectives: list[Objective]) -> tuple[VLConfig,
     # pre-norm: the residual stream carries the towers' own features to the end from the first step on
     width = Width(what.width, heads=what.heads, norm="pre", eps=1e-6, dropout=what.dropout,
                   attention_dropout=what.dropout)  # fmt: skip
-    text = towers.load_tower(what.text, "text")
-    words = TextStem(width, pool="mean", tower=text.model.config.to_dict())
+    text = towers.load_tower(what.text, "text", what.text_layers)
+    words = TextStem(width, pool="mean", tower=text.model.config.to_dict(),
+                     places=what.max_length if what.places else 0)  # fmt: skip
     image = None
     pixels: Patches | ImageStem
     if what.image == "patches":

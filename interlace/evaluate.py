@@ -29,6 +29,7 @@ from interlace.evaluate_words import (
 )
 from interlace.held import MOST_RERANKED, Held, Score, hold, scored, shuffled
 from interlace.run import Run, chunks
+from interlace.tasks.binding import asked_what_stands_where, binding
 from interlace.tasks.metrics import (
     Cosine,
     SameGroup,
@@ -65,6 +66,8 @@ def evaluate(run: Run, source: Source, split: str = "test", limit: int = 10_000,
                 result["match"] = match_accuracy(run, held, captioned, blind)
         if run.dim:
             result["image_to_image"] = by_category(held.images, held.pairs, source, held.rows, blind)
+    if run.can_match and asked_what_stands_where(source, split):
+        result["binding"] = binding(run, source, split, limit, blind)
     if len(source.question_indices(split)):
         if run.can_answer:
             result["vqa"] = answering(run, source, split, limit, blind, listed(run), run.answers)
@@ -288,6 +291,9 @@ def rows_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         if part := metrics.get(key):
             out.append((f"{name}, accuracy", part["accuracy"]))
             out += [(f"{name}: {kind or 'all'}", v) for kind, v in part["by_kind"].items()]
+    if part := metrics.get("binding"):
+        named = (("text", "caption"), ("image", "picture"), ("both", "both of a twin"))
+        out += [(f"what stands where, {name}", part[key]) for key, name in named if key in part]
     if "hidden_words" in metrics:
         out.append(("hidden words guessed", metrics["hidden_words"]))
     out += [(f"captions, {name}", v) for name, v in metrics.get("captions", {}).items()]

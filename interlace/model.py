@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from interlace.config import VLConfig
 from interlace.decoder import TextDecoder
 from interlace.embed.base import Pooler, pool
-from interlace.embed.regions import Regions
+from interlace.embed.regions import Regions, check_boxes
 from interlace.errors import UserError
 from interlace.heads import Contrast, build_head
 from interlace.loading import LoadedWhole
@@ -204,7 +204,8 @@ class VLModel(LoadedWhole, PreTrainedModel):
                    hidden: Tensor | None = None) -> Half:  # fmt: skip
         """Pixels (B, 3, S, S), uint8 or normalised float, or regions -> the image stream just before fusion. `mask`
         (B, I); of pixels (B, H, W) for pictures of unequal sizes, if the embedder takes such. `hidden` (B, I) bool,
-        True = a region, patch or cell to be guessed. Raises UserError when the image part cannot hide any."""
+        True = a region, patch or cell to be guessed. Raises UserError when the image part cannot hide any, and, unless
+        it trains, for boxes outside the picture or with their corners in the wrong order."""
         return self._half_image(self.normalise(pixel_values), mask, hidden)
 
     def _half_image(self, pixels: Tensor | Regions | None, mask: Tensor | None, hidden: Tensor | None,
@@ -221,7 +222,10 @@ class VLModel(LoadedWhole, PreTrainedModel):
             else:
                 raise UserError(f"the image part {self.config.image.name!r} has nothing to put in the place of a "
                                 "hidden cell: choose one that has (`hide: true`), or leave the objective out.")
-        states, mask = _with_mask(self.image(pixels, **given), mask)
+        states = self.image(pixels, **given)
+        if isinstance(pixels, Regions) and not self.training:
+            check_boxes(pixels.boxes, mask)
+        states, mask = _with_mask(states, mask)
         streams = self.schedule.run(Streams(None, states), everyone(None, mask), stop=self._alone)
         return Half(streams.image, mask)  # type: ignore[arg-type]
 

@@ -125,8 +125,9 @@ class Tower(NamedTuple):
     extras: Extras
 
 
-def load_tower(name: str | Path, kind: Kind) -> Tower:
-    """The pre-trained model behind `name`, its width D, and how to read its output.
+def load_tower(name: str | Path, kind: Kind, layers: int = -1) -> Tower:
+    """The pre-trained model behind `name`, its width D, and how to read its output. `layers`: how many of its layers
+    are kept, from below; -1: all, 0: its embeddings alone.
 
     A text tower gives `last_hidden_state` (B, T, D). An image tower gives (B, prefix + h*w, D), or (B, D, h, w) if
     `extras.is_map`; `grid_tokens` makes (B, h*w, D) of either. The model is in evaluation mode, in float32, without the
@@ -147,10 +148,25 @@ def load_tower(name: str | Path, kind: Kind) -> Tower:
         raise UserError(f"The weights in {folder} leave {len(missing)} parts of a {config.model_type} tower unfilled "
                         f"({', '.join(missing[:3])}, ...): config.json and weights are of different models.")
     model.eval()
+    if layers >= 0:
+        _cut(model, layers, name)
     if kind == "text":
         return Tower(model, config.hidden_size, Extras(folder, config.model_type, max_tokens=_max_tokens(model)))
     shape = _output_shape(config, native_size(config))
     return Tower(model, shape.width, Extras(folder, config.model_type, shape.prefix, shape.grid, shape.is_map))
+
+
+def _cut(model: PreTrainedModel, layers: int, name: str | Path) -> None:
+    """The first `layers` layers stay. Raises UserError for more than there are, and for a tower without such a list."""
+    count = getattr(model.config, "num_hidden_layers", 0)
+    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    if len(stacks) != 1:
+        raise UserError(f"tower {name} ({model.config.model_type}) has no list of layers to take the first {layers} "
+                        "of: leave model.text_layers out.")  # fmt: skip
+    if layers > count:
+        raise UserError(f"model.text_layers is {layers}, but {name} has {count} layers.")
+    del stacks[0][layers:]
+    model.config.num_hidden_layers = layers
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:

@@ -73,6 +73,12 @@ def align_stems(model: VLModel, states: States, source: Source, split: str = "tr
     image = cast(ImageTower, model.image).project
     image.weight.copy_(torch.from_numpy(solved.T.astype(np.float32)))
     image.bias.copy_(-image.weight @ torch.from_numpy(mean_picture))
+    if cast(TextTower, model.text).positions is not None:  # as loud as positions count on (places.py)
+        words = states.words[: 256 * MOST].astype(np.float32)[:: max(1, len(states.words) // MOST)]  # (N, Dt)
+        loud = 1 / max(float(((words - mean_text) @ weight.numpy().T).std()), 1e-12)  # of single words: a mean is quiet
+        for part in (project, image):
+            part.weight.mul_(loud)
+            part.bias.mul_(loud)
     return float(strength)
 
 

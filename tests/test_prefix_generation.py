@@ -11,6 +11,7 @@ from interlace.objectives.mlm import word_logits
 from interlace.objectives.prefix_lm import read_and_write
 from interlace.prefix_generation import PrefixWriter
 from interlace.presets import lxmert, uniter, vilbert, vilt, visual_bert
+from tests.boxes import ordered
 
 START, END, PAD = 1, 2, 0
 MODELS = {**SCHEDULES, "gpt2": with_tower("gpt2"), "gpt2, wider": with_tower("gpt2", WIDE_PRE, "transformed")}
@@ -112,7 +113,7 @@ def test_the_published_single_stacks_write(preset):
         if preset is vilt:
             image = model.half_image(torch.rand(2, 3, 32, 32, generator=draw))
         else:
-            boxes = torch.rand(2, 4, model.config.image.boxes, generator=draw)
+            boxes = ordered(torch.rand(2, 4, model.config.image.boxes, generator=draw))
             regions = Regions(torch.rand(2, 4, 20, generator=draw), boxes if boxes.numel() else None)
             image = model.half_image(regions, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
     writer = PrefixWriter(model, START, END, PAD)

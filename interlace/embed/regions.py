@@ -24,6 +24,26 @@ class Regions(NamedTuple):
     words: Tensor | None = None  # (B, I, A), positions of the words that name a region, -1 = none
 
 
+BESIDE = 0.01  # of the picture's side that a box may reach beyond it, by rounding
+
+
+def check_boxes(boxes: Tensor | None, mask: Tensor | None) -> None:
+    """(B, I, 4 or more), the corners first, mask (B, I). Raises UserError for a real region whose box lies outside the
+    picture or has its corners in the wrong order. On a CPU alone: another device would have to be waited for."""
+    if boxes is None or boxes.device.type != "cpu" or boxes.shape[-1] < 4 or torch.compiler.is_compiling():
+        return
+    first, last = boxes[..., :2], boxes[..., 2:4]
+    turned = (last < first).any(-1)  # (B, I)
+    outside = ~((first >= -BESIDE) & (last <= 1 + BESIDE)).all(-1)  # a number that is none, too
+    wrong = turned | outside if mask is None else (turned | outside) & mask.bool()
+    if wrong.any():
+        row, region = wrong.nonzero()[0].tolist()
+        numbers = ", ".join(f"{number:.4g}" for number in boxes[row, region, :4].tolist())
+        what = ("has its corners in the wrong order: expected x1, y1, x2, y2" if turned[row, region] else
+                "lies outside the picture, which is 0 to 1: divide pixels by its width and height")  # fmt: skip
+        raise UserError(f"box {region} of picture {row} ({numbers}) {what}.")
+
+
 @dataclass
 class RegionEmbedder(Embedder):
     """`features`: numbers per region. `boxes`: numbers per box."""
@@ -40,8 +60,8 @@ class RegionEmbedder(Embedder):
 
     def check(self, regions: Regions) -> None:
         """Raises UserError for pixels, for no regions, and when features or boxes have other sizes than the model or
-        than each other. Shapes alone: a look at values would wait for the device in every step, and is taken
-        where files are read (`interlace.regions.check_regions`)."""
+        than each other. Shapes alone: a look at values is taken where files are read
+        (`interlace.regions.check_regions`), and by a model that does not learn (`check_boxes`)."""
         if not isinstance(regions, Regions):
             raise UserError(f"the model reads regions of a detector, Regions(features, boxes), got a "
                             f"{type(regions).__name__}: extract the pictures' regions first.")  # fmt: skip

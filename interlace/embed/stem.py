@@ -19,9 +19,11 @@ from interlace.errors import UserError
 
 @dataclass
 class TextStem(Embedder):
-    """`tower`: the configuration (`to_dict()`) of a transformers text model."""
+    """`tower`: the configuration (`to_dict()`) of a transformers text model. `places`: how many tokens have a position
+    of their own here, added after the projection; 0: what the tower knows of their order has to do."""
 
     tower: dict[str, Any] = field(default_factory=dict)
+    places: int = 0
     name = "text_stem"
     stream = "text"
 
@@ -70,6 +72,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.tower = empty_tower(spec.tower)
         self.project = nn.Linear(self.tower.config.hidden_size, spec.width.size)
+        self.positions = nn.Parameter(torch.zeros(1, spec.places, spec.width.size)) if spec.places else None
 
     def start(self) -> None:
         _start_as_identity(self.project)
@@ -78,13 +81,22 @@ class TextTower(nn.Module):
                 states: Tensor | None = None) -> Tensor:  # fmt: skip
         """ids (B, T), mask (B, T) -> (B, T, D). `states` (B, T, C): what the tower said of them, kept from before."""
         if states is not None:
-            return self.project(states)
+            return self.placed(self.project(states))
         assert input_ids is not None
         limit = getattr(self.tower.config, "max_position_embeddings", None)
         if limit is not None and input_ids.shape[1] > limit:
             raise UserError(f"a text of {input_ids.shape[1]} tokens, but the tower has {limit} positions: "
                             "lower the maximum length.")  # fmt: skip
-        return self.project(self.tower(input_ids=input_ids, attention_mask=mask).last_hidden_state)
+        return self.placed(self.project(self.tower(input_ids=input_ids, attention_mask=mask).last_hidden_state))
+
+    def placed(self, words: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D). Raises UserError for more tokens than have positions."""
+        if self.positions is None:
+            return words
+        if words.shape[1] > self.positions.shape[1]:
+            raise UserError(f"a text of {words.shape[1]} tokens, but the text part has {self.positions.shape[1]} "
+                            "positions: lower the maximum length.")  # fmt: skip
+        return words + self.positions[:, : words.shape[1]]
 
 
 class ImageTower(nn.Module):

@@ -31,6 +31,14 @@ def is_binding(source: Source) -> bool:
     return "swapped" in source.columns
 
 
+def asked_what_stands_where(source: Source, split: str) -> bool:
+    """Whether rows of the split say so; of joined sources, perhaps one has scenes."""
+    if not is_binding(source):
+        return False
+    rows = sample_rows(np.asarray(source.indices(split)), 1000)
+    return any(source.pair(row).attributes["swapped"] for row in rows.tolist())
+
+
 def binding(run: Run, source: Source, split: str = "test", limit: int = 10_000, blind: bool = True) -> dict[str, Any]:
     """Shares with their intervals (95%, cluster bootstrap by group: scenes of the same names), by number of things and
     kind of exchange; `blind`: the same captions beside the picture of a scene with other names.
@@ -43,8 +51,9 @@ def binding(run: Run, source: Source, split: str = "test", limit: int = 10_000, 
     if not is_binding(source):
         raise UserError(f"{source.name} has no column 'swapped', the caption with two things exchanged: make scenes "
                         "with `interlace data scenes`.")  # fmt: skip
-    rows = sample_rows(np.asarray(source.indices(split)), limit)
-    pairs = [p for p in map(source.pair, rows.tolist()) if p.caption.strip() and p.attributes["swapped"]]
+    found = [(int(row), source.pair(int(row))) for row in sample_rows(np.asarray(source.indices(split)), limit)]
+    found = [(row, p) for row, p in found if p.caption.strip() and p.attributes["swapped"]]
+    rows, pairs = np.array([row for row, _ in found], np.int64), [p for _, p in found]
     if not pairs:
         raise UserError(f"{source.name} has no rows with a swapped caption in its {split!r} split.")
     texts = [(p.caption, str(p.attributes["swapped"])) for p in pairs]
@@ -54,6 +63,7 @@ def binding(run: Run, source: Source, split: str = "test", limit: int = 10_000, 
     if not kept.any():
         raise UserError(f"none of the {len(pairs)} pictures of {source.name} can be read: run `interlace data check`.")
     pairs, scores, texts = [p for p, k in zip(pairs, kept) if k], scores[kept], [t for t, k in zip(texts, kept) if k]
+    rows = rows[kept]
     shown = better(scores[:, 0], scores[:, 1])  # (N,)
     dark = None
     if blind and (other := of_other_names(pairs)) is not None:
@@ -62,14 +72,14 @@ def binding(run: Run, source: Source, split: str = "test", limit: int = 10_000, 
     groups = [p.group for p in pairs]
     out: dict[str, Any] = {"split": split, "rows": len(pairs), "unreadable": unreadable, "source": source.name,
                            "data_fingerprint": source.fingerprint}  # fmt: skip
-    out["text"] = scored(shown, groups, 0.5, dark)
+    out["text"] = scored(shown, groups, 0.5, dark, rows)
     a, b = twins(pairs)
     if len(a):
         image_a, image_b = better(scores[a, 0], scores[b, 1]), better(scores[b, 0], scores[a, 1])
         of = [groups[n] for n in a]
-        out["image"] = scored(np.concatenate([image_a, image_b]), of + of, 0.5)
+        out["image"] = scored(np.concatenate([image_a, image_b]), of + of, 0.5, ids=np.concatenate([rows[a], rows[b]]))
         four = np.stack([shown[a], shown[b], image_a, image_b])
-        out["both"] = scored((four.min(0) == 1).astype(float), of, 1 / 6)
+        out["both"] = scored((four.min(0) == 1).astype(float), of, 1 / 6, ids=rows[a])
     out["by_kind"] = {}
     for column in ("cells", "swap"):
         values = [p.attributes.get(column) for p in pairs]

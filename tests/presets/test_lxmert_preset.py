@@ -7,11 +7,12 @@ from interlace.embed.regions import Regions
 from interlace.model import VLModel
 from interlace.objectives.region_labels import feature_loss, label_loss
 from interlace.presets import lxmert
+from tests.boxes import ordered
 
 
 def inputs():
     g = torch.Generator().manual_seed(0)
-    regions = Regions(torch.randn(2, 5, 20, generator=g), torch.rand(2, 5, 4, generator=g))
+    regions = Regions(torch.randn(2, 5, 20, generator=g), ordered(torch.rand(2, 5, 4, generator=g)))
     return torch.randint(1, 99, (2, 7), generator=g), regions
 
 

@@ -7,11 +7,12 @@ from interlace.embed.regions import Regions
 from interlace.model import VLModel
 from interlace.objectives import mlm, mvm, wra
 from interlace.presets import uniter
+from tests.boxes import ordered
 
 
 def batch(seed=0):
     g = torch.Generator().manual_seed(seed)
-    regions = Regions(torch.randn(3, 5, 20, generator=g), torch.rand(3, 5, 7, generator=g))
+    regions = Regions(torch.randn(3, 5, 20, generator=g), ordered(torch.rand(3, 5, 7, generator=g)))
     return torch.randint(1, 99, (3, 7), generator=g), regions
 
 

@@ -9,11 +9,12 @@ from interlace.errors import UserError
 from interlace.layers import BOTH, IMAGE, TEXT, Width, co
 from interlace.model import VLModel
 from interlace.presets import vilbert
+from tests.boxes import ordered
 
 
 def inputs():
     g = torch.Generator().manual_seed(0)
-    regions = Regions(torch.randn(2, 5, 20, generator=g), torch.rand(2, 5, 5, generator=g))
+    regions = Regions(torch.randn(2, 5, 20, generator=g), ordered(torch.rand(2, 5, 5, generator=g)))
     return torch.randint(1, 99, (2, 7), generator=g), regions
 
 

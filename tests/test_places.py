@@ -1,0 +1,136 @@
+"""A start for what stands where: loud positions, attention that begins by likeness, towers cut short."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from interlace import towers
+from interlace.compose import Composition, compose
+from interlace.embed.stem import TextStem, TextTower
+from interlace.errors import UserError
+from interlace.layers import Width
+from interlace.learner import Learner
+from interlace.objectives import Binding
+from interlace.objectives.binding import one_clause
+from interlace.places import CELLS, WORDS, meeting
+from interlace.systems import configure_system
+
+
+@pytest.fixture(scope="module")
+def made(text_tower, image_tower):
+    def make(**changes):
+        what = Composition(text=str(text_tower), image=str(image_tower), width=32, heads=4, layers=2, size=64,
+                           dropout=0.0, max_length=16, places=True, **changes)  # fmt: skip
+        torch.manual_seed(0)
+        return compose(what, [Binding()], None, Learner)
+
+    return make
+
+
+def loud(x: torch.Tensor) -> float:
+    return float(x.detach().square().mean().sqrt())
+
+
+def test_words_and_cells_say_where_they_are(made):
+    model, _ = made()
+    words, cells = model.text.positions[0], model.image.positions[0]
+    assert words.shape[0] == 16
+    assert loud(words) == pytest.approx(WORDS, rel=0.01) and loud(cells) == pytest.approx(CELLS, rel=0.3)
+    side = round(len(cells) ** 0.5)
+    grid = cells.view(side, side, -1)
+    # a row and a column each: going right changes all rows of cells alike
+    torch.testing.assert_close(grid[0, 1] - grid[0, 0], grid[-1, 1] - grid[-1, 0])
+    assert not torch.allclose(grid[0, 1], grid[0, 0], atol=0.1)
+
+
+@pytest.mark.parametrize("fusion", ["mid", "early"])
+@pytest.mark.parametrize("streams", ["single", "dual"])
+def test_what_is_alike_reads_each_other(made, fusion, streams):
+    """A word whose normed state is one cell's, up to a small difference, reads that cell more than any other."""
+    model, _ = made(fusion=fusion, streams=streams)
+    layers = [layer for layer in model.schedule.layers() if layer.crosses]
+    assert layers
+    for layer in layers:
+        for attend in meeting(layer):
+            attend.heads = 1  # all of the width in one head, as a word is compared with a cell
+            cells = torch.nn.functional.layer_norm(torch.randn(1, 9, 32), (32,))
+            with torch.no_grad():
+                query = attend.query(cells[:, 4:5] + 0.1 * torch.randn(1, 1, 32))
+                scores = (query @ attend.key(cells).transpose(1, 2))[0, 0]
+            assert scores.argmax() == 4
+
+
+def test_without_places_a_model_has_no_more_parameters_than_before(text_tower, image_tower):
+    plain, _ = compose(Composition(text=str(text_tower), image=str(image_tower), width=32, heads=4, layers=2, size=64,
+                                   max_length=16), [Binding()])  # fmt: skip
+    assert "text.positions" not in dict(plain.named_parameters())
+
+
+def test_positions_survive_saving_and_a_longer_text_is_refused(made, tmp_path):
+    model, _ = made()
+    model.save_pretrained(tmp_path)
+    again = Learner.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.text.positions, model.text.positions)
+    ids = torch.ones(1, 17, dtype=torch.long)
+    with pytest.raises(UserError, match=r"17 tokens.*16 positions"):
+        model.half_text(ids, ids)
+
+
+def test_word_order_changes_what_bare_word_vectors_say_only_with_positions(text_tower):
+    """Without layers of the tower and without its own positions a text would be a bag of words."""
+    tower = towers.load_tower(str(text_tower), "text", layers=0)
+    torch.nn.init.zeros_(tower.model.embeddings.position_embeddings.weight)
+    ids = torch.tensor([[5, 6, 7], [7, 6, 5]])
+    for places in (0, 8):
+        stem = TextStem(Width(32, heads=4), tower=tower.model.config.to_dict(), places=places).build().eval()
+        assert isinstance(stem, TextTower)
+        stem.tower.load_state_dict(tower.model.state_dict())
+        if places:
+            torch.nn.init.normal_(stem.positions)
+        there, back = stem(ids)
+        assert torch.allclose(there, back.flip(0), atol=1e-5) == (not places)
+
+
+def test_the_first_layers_of_a_tower_say_what_they_said_in_it(text_tower):
+    whole, ids = towers.load_tower(str(text_tower), "text").model, torch.tensor([[2, 5, 6, 7, 3]])
+    states = whole(ids, output_hidden_states=True).hidden_states
+    for layers in range(len(states)):
+        cut = towers.load_tower(str(text_tower), "text", layers=layers).model
+        assert cut.config.num_hidden_layers == layers
+        torch.testing.assert_close(cut(ids).last_hidden_state, states[layers])
+    with pytest.raises(UserError, match="text_layers is 99, but"):
+        towers.load_tower(str(text_tower), "text", layers=99)
+
+
+def test_a_published_system_has_its_own_positions(text_tower):
+    what = Composition(system="uniter", text=str(text_tower), width=32, heads=4, layers=2)
+    for changes in ({"places": True}, {"text_layers": 0}):
+        with pytest.raises(UserError, match="has its own words and positions"):
+            configure_system(dataclasses.replace(what, **changes), [Binding()])
+
+
+def test_a_clause_is_true_of_one_caption_alone():
+    rng = np.random.default_rng(0)
+    true = "a chair at the top left, rice at the top right and a lamp at the bottom left"
+    swapped = "rice at the top left, a chair at the top right and a lamp at the bottom left"
+    seen = {one_clause(true, swapped, rng) for _ in range(50)}
+    assert len(seen) == 4
+    for ours, other in seen:
+        assert ours in true and ours not in swapped and other in swapped and other not in true
+        assert " and " not in ours and "lamp" not in ours  # what both say tells nothing
+    assert one_clause("grass in a mug", "a mug in grass", rng) == ("grass in a mug", "a mug in grass")
+
+
+def test_clauses_are_read_in_their_share_of_the_visits():
+    from tests.objectives.test_binding import row
+
+    objective, rng, short = Binding(clauses=0.25), np.random.default_rng(0), 0
+    for _ in range(400):
+        sample: dict = {"texts": {}, "part": {}}
+        objective.prepare(sample, row(swapped="b at p and a at q"), 0, None, rng)
+        short += sample["texts"]["clause"] != "a at p and b at q"
+    assert 70 < short < 130
+    with pytest.raises(UserError, match="share of the visits"):
+        Binding(clauses=2)
