@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import state
 from accelerate.utils import DistributedType
 
@@ -48,3 +49,5 @@ if __name__ == "__main__":
     Watched.dies_in = int(sys.argv[3]) if len(sys.argv) > 3 else 0
     module.VLTrainer = Watched  # type: ignore[misc]
     module.train(load_settings(sys.argv[1], [f"train.out={sys.argv[2]}"]), make=without_dropout)
+    dist.barrier()  # a rank that leaves early takes gloo's connections from under the other
+    dist.destroy_process_group()
