@@ -43,6 +43,7 @@ class Composition:
     heads: int = 6
     dropout: float = 0.1
     size: int = 160  # side of the picture in pixels
+    grid: int = 0  # cells a side that the image tower's are averaged to; 0: as many as it gives
     patch: int = 16  # for image="patches"
     align: bool = True  # frozen towers: start the projections from the best linear map between them
     text_layers: int = -1  # of the text tower, from below; 0: its word vectors alone; -1: all
@@ -97,9 +98,13 @@ def configure(what: Composition, objectives: list[Objective]) -> tuple[VLConfig,
         image = towers.load_tower(what.image, "image")
         spec = towers.pixel_spec(what.image)
         h, w = towers.grid_size(image.model, what.size)
+        if what.grid and not (h == w >= what.grid):
+            raise UserError(f"model.grid is {what.grid}, but {what.image} gives {h} x {w} cells of {what.size} pixels: "
+                            "choose a smaller grid or a larger model.size.")  # fmt: skip
+        h, w = (what.grid, what.grid) if what.grid else (h, w)
         pixels = ImageStem(width, pool="mean", tower=image.model.config.to_dict(), size=what.size, cells=h * w,
-                           prefix=image.extras.prefix, channels=image.hidden_size, mean=list(spec.mean),
-                           std=list(spec.std))  # fmt: skip
+                           grid=what.grid, prefix=image.extras.prefix, channels=image.hidden_size,
+                           mean=list(spec.mean), std=list(spec.std))  # fmt: skip
     if any(o.hides_cells for o in objectives):
         pixels.hide = True
     heads = {o.head: o.head_for(words, pixels) for o in objectives if o.head}

@@ -237,9 +237,9 @@ def configure_system(what: Composition, objectives: list[Objective],
     as `build_system` does."""
     from interlace.presets import preset
 
-    if what.places or what.text_layers >= 0:
-        raise UserError(f"model.places and model.text_layers are of models composed of two towers; {what.system} has "
-                        "its own words and positions: leave them out, or model.system.")  # fmt: skip
+    if what.places or what.grid or what.text_layers >= 0:
+        raise UserError("model.places, model.grid and model.text_layers are of models composed of two towers; "
+                        f"{what.system} has its own words and positions: leave them out, or model.system.")  # fmt: skip
     line, _ = preset(what.system)
     form = "small" if what.layers else "full"
     if not hasattr(line.module, form):

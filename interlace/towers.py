@@ -232,6 +232,13 @@ def grid_tokens(hidden: Tensor, prefix: int = 0) -> Tensor:
     return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden[:, prefix:]
 
 
+def averaged(cells: Tensor, side: int) -> Tensor:
+    """Cells of a square picture (B, I, D), row by row -> (B, side * side, D), each the mean over its part of the
+    picture."""
+    grid = cells.transpose(1, 2).unflatten(2, (math.isqrt(cells.shape[1]), -1))  # (B, D, h, w)
+    return nn.functional.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
+
+
 def _output_shape(config: PreTrainedConfig, image_size: int) -> _Shape:
     shape = _run_weightless(config, image_size)
     if len(shape) == 4:

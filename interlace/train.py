@@ -230,7 +230,7 @@ def _prepare_stems(settings: Settings, source: Source, learner: Learner,
         return states, ()
     if states is None:
         return states, ()
-    strength = align_stems(learner, states, source)
+    strength = align_stems(learner, states, source, processor)
     if strength is None:
         print("stems start unaligned: both towers must be frozen, over at least 20 groups of captions")
     else:

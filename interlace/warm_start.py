@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from interlace.align_words import WordMap, align_words
 from interlace.bars import bar
 from interlace.embed.grid import GridTower
 from interlace.embed.stem import ImageTower, TextTower
@@ -41,9 +42,14 @@ MOST = 20_000  # pairs the map is fitted on
 
 
 @torch.no_grad()
-def align_stems(model: VLModel, states: States, source: Source, split: str = "train", seed: int = 0) -> float | None:
+def align_stems(model: VLModel, states: States, source: Source, processor: Processor, split: str = "train",
+                seed: int = 0) -> float | None:  # fmt: skip
     """Fits and writes the two projections from kept tower states. Returns the ridge strength chosen by cross-validation
-    over groups, or None when there are too few captioned pairs to fit anything."""
+    over groups, or None when there are too few captioned pairs to fit anything.
+
+    A model with positions of its own (`model.places`) compares single words with single cells: its map is fitted word
+    by cell (align_words.py).
+    """
     if states.images is None or states.words is None:
         return None
     rows = np.asarray(source.indices(split))
@@ -54,6 +60,9 @@ def align_stems(model: VLModel, states: States, source: Source, split: str = "tr
     groups = [source.group(int(rows[n])) for n in places]
     if len(set(groups)) < 20:
         return None
+    if cast(TextTower, model.text).positions is not None:
+        return _align_word_by_cell(model, align_words(states, places, [captions[rows[n]] for n in places], groups,
+                                                      processor, model.config.text.width.size, seed))  # fmt: skip
     # (N, C): over views and cells
     pictures = np.stack([states.images[n].astype(np.float32).mean((0, 1)) for n in places])
     texts = np.stack([_sentence(states, captions[rows[n]]) for n in places])  # (N, Dt)
@@ -73,13 +82,16 @@ def align_stems(model: VLModel, states: States, source: Source, split: str = "tr
     image = cast(ImageTower, model.image).project
     image.weight.copy_(torch.from_numpy(solved.T.astype(np.float32)))
     image.bias.copy_(-image.weight @ torch.from_numpy(mean_picture))
-    if cast(TextTower, model.text).positions is not None:  # as loud as positions count on (places.py)
-        words = states.words[: 256 * MOST].astype(np.float32)[:: max(1, len(states.words) // MOST)]  # (N, Dt)
-        loud = 1 / max(float(((words - mean_text) @ weight.numpy().T).std()), 1e-12)  # of single words: a mean is quiet
-        for part in (project, image):
-            part.weight.mul_(loud)
-            part.bias.mul_(loud)
     return float(strength)
+
+
+def _align_word_by_cell(model: VLModel, found: WordMap) -> float:
+    sides = ((cast(TextTower, model.text).project, found.to_word, found.mean_word),
+             (cast(ImageTower, model.image).project, found.to_cell, found.mean_cell))  # fmt: skip
+    for project, weight, mean in sides:
+        project.weight.copy_(torch.from_numpy(weight.T.astype(np.float32)))
+        project.bias.copy_(torch.from_numpy((-mean @ weight).astype(np.float32)))
+    return found.strength
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
@@ -92,9 +104,7 @@ def _ridge(x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
 
 
 def _sentence(states: States, text: str) -> np.ndarray:
-    assert states.words is not None
-    n = states.place[text]
-    return states.words[states.starts[n] : states.starts[n + 1]].astype(np.float32).mean(0)
+    return states.text(text).mean(0)
 
 
 @torch.no_grad()

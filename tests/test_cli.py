@@ -24,7 +24,8 @@ def test_keys_may_stand_after_a_flag_and_two_have_flags_of_their_own(capsys):
     assert args.config == "demo" and args.overrides == ["train.batch=4096", "train.memory=8GB"]
     settings = load_settings(args.config, args.overrides)
     assert settings.train.batch == 4096 and settings.train.memory == "8GB"
-    for wrong in (["train", "demo", "--bacth=3"], ["doctor", "demo", "--seconds", "5", "c"], ["data", "get", "--x=1", "a"]):
+    for wrong in (["train", "demo", "--bacth=3"], ["doctor", "demo", "--seconds", "5", "c"],
+                  ["data", "get", "--x=1", "a"]):  # fmt: skip
         with pytest.raises(SystemExit):
             parse(wrong)
         assert "unrecognized arguments: " in capsys.readouterr().err

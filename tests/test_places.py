@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from interlace import towers
+from interlace import align_words, towers
 from interlace.compose import Composition, compose
 from interlace.embed.stem import TextStem, TextTower
 from interlace.errors import UserError
@@ -106,7 +106,7 @@ def test_the_first_layers_of_a_tower_say_what_they_said_in_it(text_tower):
 
 def test_a_published_system_has_its_own_positions(text_tower):
     what = Composition(system="uniter", text=str(text_tower), width=32, heads=4, layers=2)
-    for changes in ({"places": True}, {"text_layers": 0}):
+    for changes in ({"places": True}, {"text_layers": 0}, {"grid": 2}):
         with pytest.raises(UserError, match="has its own words and positions"):
             configure_system(dataclasses.replace(what, **changes), [Binding()])
 
@@ -134,3 +134,73 @@ def test_clauses_are_read_in_their_share_of_the_visits():
     assert 70 < short < 130
     with pytest.raises(UserError, match="share of the visits"):
         Binding(clauses=2)
+
+
+# ------------------------------------------------------------------------------------------- words aligned with cells
+
+
+class Kept:
+    """What towers said of 300 pictures of two things out of eight, in two of nine cells, the rest blank; a caption
+    names both among words that all captions have. Which cell is which name is not told."""
+
+    def __init__(self, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.names, self.looks = rng.normal(size=(8, 12)), rng.normal(size=(8, 20))
+        common, blank = rng.normal(size=(3, 12)), rng.normal(size=20)
+        self.images = np.zeros((300, 1, 9, 20))
+        self.captions, self.where, self.said = [], [], {}
+        for n in range(300):
+            a, b = rng.choice(8, 2, replace=False)
+            i, j = rng.choice(9, 2, replace=False)
+            cells = np.tile(blank, (9, 1))
+            cells[i], cells[j] = self.looks[a], self.looks[b]
+            self.images[n, 0] = cells + 0.1 * rng.normal(size=cells.shape)
+            text = f"a {a} and {b}"
+            self.captions.append(text)
+            self.where.append(((a, i), (b, j)))
+            self.said[text] = np.stack([common[0], self.names[a], common[1], self.names[b]]).astype(np.float32)
+
+    def text(self, text):
+        return self.said[text]
+
+
+class Numbers:
+    """Tokenises "a 3 and 5"."""
+
+    def texts(self, texts):
+        ids = torch.tensor([[100, int(a), 101, int(b)] for _, a, _, b in (t.split() for t in texts)])
+        return ids, torch.ones_like(ids)
+
+
+def right_cells(kept: Kept, found) -> float:
+    """Share of the names whose product with their own cell is larger than with any other of the picture."""
+    right = []
+    for n, things in enumerate(kept.where):
+        cells = (kept.images[n, 0] - found.mean_cell) @ found.to_cell
+        for name, cell in things:
+            word = (kept.names[name] - found.mean_word) @ found.to_word
+            right.append(np.argmax(cells @ word) == cell)
+    return float(np.mean(right))
+
+
+def test_words_find_their_cells_without_being_told_which(monkeypatch):
+    kept = Kept()
+    groups = [str(n) for n in range(300)]
+    args = kept, list(range(300)), kept.captions, groups, Numbers(), 8
+    found = align_words.align_words(*args)
+    assert right_cells(kept, found) > 0.95
+    words = np.stack([kept.names[a] for things in kept.where for a, _ in things])
+    cells = np.stack([kept.images[n, 0, c] for n, things in enumerate(kept.where) for _, c in things])
+    for side in ((words - found.mean_word) @ found.to_word, (cells - found.mean_cell) @ found.to_cell):
+        assert side.std() == pytest.approx(1, rel=0.25)  # as loud as the positions count on
+        assert np.abs(side.mean(0)).max() < 0.35  # measured from the middle of things, not of the blank
+    monkeypatch.setattr(align_words, "ROUNDS", 0)
+    coarse = align_words.align_words(*args)
+    blank = (kept.images[:, 0].reshape(-1, 20) - coarse.mean_cell) @ coarse.to_cell
+    assert np.abs(blank.mean(0)).max() < 1e-6  # a map between wholes is measured from the page
+
+
+def test_words_that_all_captions_have_weigh_nothing():
+    rare = align_words.rarity(["a 1 and 2", "a 1 and 3", "a 4 and 3", "a 5 and 6"], Numbers())
+    np.testing.assert_allclose(rare["a 1 and 3"], [0, np.log(2), 0, np.log(2)])
+    np.testing.assert_allclose(rare["a 5 and 6"], [0, np.log(4), 0, np.log(4)])

@@ -60,6 +60,12 @@ class States:
         """False when one of them is neither a caption nor a question of the split: the tower has to run for it."""
         return self.words is not None and all(t in self.place for t in texts)
 
+    def text(self, text: str) -> np.ndarray:
+        """(T, C) float32, of a text it knows."""
+        assert self.words is not None
+        n = self.place[text]
+        return self.words[self.starts[n] : self.starts[n + 1]].astype(np.float32)
+
     def texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """-> states (B, T, C) float32 padded with zeros, mask (B, T)."""
         assert self.words is not None
@@ -113,7 +119,10 @@ def frozen_states(model: VLModel, processor: Processor, source: Source, split: s
 def _name(model: VLModel, processor: Processor, source: Source, split: str, views: int) -> str:
     digest = hashlib.sha256()
     shape = {k: v for k, v in asdict_shallow(processor).items() if k != "tokenizer"}
-    digest.update(json.dumps([shape, source.fingerprint, split, views, model.frozen], sort_keys=True).encode())
+    told = [shape, source.fingerprint, split, views, model.frozen]
+    if grid := getattr(model.config.image, "grid", 0):
+        told.append(grid)
+    digest.update(json.dumps(told, sort_keys=True).encode())
     for stream in model.frozen:
         for name, tensor in getattr(model, stream).tower.state_dict().items():
             digest.update(name.encode())

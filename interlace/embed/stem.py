@@ -35,7 +35,8 @@ class TextStem(Embedder):
 class ImageStem(Embedder):
     """`tower`: the configuration of a transformers vision model. `cells`: how many grid cells it gives at `size`
     pixels, after `prefix` tokens that are none (class token, registers). `hide`: it has a vector to put in the place of
-    a cell that is to be guessed; a convolutional tower's neighbouring cells still know something of that one."""
+    a cell that is to be guessed; a convolutional tower's neighbouring cells still know something of that one. `grid`:
+    cells a side that the tower's own are averaged to; 0: as they are."""
 
     tower: dict[str, Any] = field(default_factory=dict)
     size: int = 224  # pixels
@@ -45,6 +46,7 @@ class ImageStem(Embedder):
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     hide: bool = False
+    grid: int = 0
     name = "image_stem"
     stream = "image"
 
@@ -104,7 +106,7 @@ class ImageTower(nn.Module):
         super().__init__()
         self.tower = empty_tower(spec.tower)
         self.keywords = towers.resize_positions(self.tower, spec.size)
-        self.prefix = spec.prefix
+        self.prefix, self.grid = spec.prefix, spec.grid
         self.project = nn.Linear(spec.channels, spec.width.size)
         # a CNN's cells do not know where they are
         self.positions = nn.Parameter(torch.zeros(1, spec.cells, spec.width.size))
@@ -119,7 +121,8 @@ class ImageTower(nn.Module):
     def states(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S), normalised -> (B, I, C): the grid's cells, row by row, as the tower says them; a class token is
         left out, since only the cells have places."""
-        return towers.grid_tokens(self.tower(pixel_values=pixels, **self.keywords).last_hidden_state, self.prefix)
+        cells = towers.grid_tokens(self.tower(pixel_values=pixels, **self.keywords).last_hidden_state, self.prefix)
+        return towers.averaged(cells, self.grid) if self.grid else cells
 
     def forward(self, pixels: Tensor | None, states: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         """(B, 3, S, S), normalised -> (B, I, D). `states` (B, I, C): what the tower said of them, kept from before.
