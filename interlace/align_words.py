@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 2
 SHARP = 0.1  # of the softmax over cells
+FIRM = 1.0  # at least, of the ridge: a thing comes again in scenes of other groups, so held-out groups choose too weak
 RARE = 1.0  # rarity from which a word is looked for among the cells
 MOST = 4_000  # captions whose words are
 
@@ -39,7 +40,7 @@ class WordMap(NamedTuple):
     to_word: np.ndarray  # (Ct, D)
     mean_cell: np.ndarray  # (Ci,)
     to_cell: np.ndarray  # (Ci, D)
-    strength: float  # of the ridge, chosen by cross-validation over groups
+    strength: float  # of the ridge: by cross-validation over groups, at least FIRM
 
 
 def align_words(states: States, places: list[int], texts: list[str], groups: list[str], processor: Processor,
@@ -50,6 +51,7 @@ def align_words(states: States, places: list[int], texts: list[str], groups: lis
     words = np.stack([_mean(states.text(text), rare[text]) for text in texts])  # (N, Ct)
     cells = np.stack([_cells(states, n).mean(0) for n in places])  # (N, Ci)
     strength = float(ridge_alignment(cells, words, cells[:1], words[:1], groups=groups, seed=seed).chosen)
+    strength = max(strength, FIRM)
     found = _fit(words, cells, np.ones(len(words)), strength, width)
     chosen = np.random.default_rng(seed).permutation(len(texts))[:MOST]
     for _ in range(ROUNDS):

@@ -15,6 +15,7 @@ import math
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
 
 from interlace.embed.stem import ImageTower, TextTower
 from interlace.layers import Attend, Co, Joint, Read
@@ -43,6 +44,11 @@ def start_places(model: VLModel) -> None:
                 same = torch.eye(len(attend.query.weight), device=attend.query.weight.device)
                 attend.query.weight += same
                 attend.key.weight += same
+
+
+    for part in model.heads["match"].modules() if "match" in model.heads else ():
+        if isinstance(part, nn.Linear):  # what depends on three things at once is quiet enough: torch's own start,
+            part.reset_parameters()  # two or three times as loud as 0.02
 
 
 def meeting(layer: object) -> list[Attend]:

@@ -63,8 +63,8 @@ class Pair(nn.Module):
 class Match(Pair):
     """Do text and image belong together? Two classes, index 1 = match."""
 
-    def __init__(self, text: int, image: int):
-        super().__init__(text, image, hidden=min(text, image), out=2)
+    def __init__(self, text: int, image: int, dropout: float = 0.1):
+        super().__init__(text, image, hidden=min(text, image), out=2, dropout=dropout)
 
 
 class Answers(Pair):

@@ -42,6 +42,10 @@ class Binding(Objective):
         self.column, self.clauses = column, clauses
         self.text = "clause" if clauses else "caption"  # the caption's half may serve other objectives too
 
+    def head_options(self) -> dict[str, Any]:
+        # what is dropped is not the same for both captions, and at first they differ by less than that
+        return {"dropout": 0.0}
+
     def prepare(self, sample, row, index, draw, rng) -> None:
         if self.column not in row.attributes:
             raise UserError(f"the binding objective reads the column {self.column!r}, and this source has none: make "
