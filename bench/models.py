@@ -26,6 +26,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from bench.common import Row, alternating, clocked, faster, keep, load, machine, parser, peak_tensors, show
 from interlace import generate
@@ -40,7 +41,7 @@ from interlace.presets import blip, clip, lxmert, vilt, visual_bert
 from interlace.presets.vision_encoder_decoder import Ids, caption_model
 from interlace.weights import load_foreign
 
-COLUMNS = ["model", "task", "ours ms", "other ms", "faster", "range", "ours MB", "other MB", "differs"]
+COLUMNS = ["model", "task", "ours ms", "other ms", "faster", "range", "work", "ours MB", "other MB", "differs"]
 CLOSE = 1e-3  # of values around 1, after a few layers in float32
 START, END, HIDDEN = 97, 3, -100  # ids of a written text; what is not scored
 
@@ -447,14 +448,33 @@ def measure(case: Case, repeats: int, clock: str = "wall") -> Row:
     differs = case.differ()
     if not differs < CLOSE:
         sys.exit(f"{case.model}, {case.task}: the results differ by {differs:.1e}, so there is nothing to compare")
+    work = operations(case.other) / operations(case.ours)
     before, times = load(), alternating([case.ours, case.other], repeats, clock)
     ratio, spread = faster(*times)
     return {
-        "model": case.model, "task": case.task, "rival": case.rival, "faster": ratio, "range": spread,
+        "model": case.model, "task": case.task, "rival": case.rival, "faster": ratio, "range": spread, "work": work,
         "ours ms": 1000 * median(times[0]), "other ms": 1000 * median(times[1]),
         "ours MB": peak_tensors(case.holds[0]), "other MB": peak_tensors(case.holds[1]),
         "differs": differs, "load": before, "seconds": {"ours": times[0], "other": times[1]},
     }  # fmt: skip
+
+
+def operations(side: Callable[[], Any]) -> int:
+    """Floating point operations of matrix products and attention in one run, as torch counts them."""
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_attention,
+              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: of_attention_backward}  # fmt: skip
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        side()
+    return counter.get_total_flops()
+
+
+def of_attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def of_attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None,
+                          **__: Any) -> int:  # fmt: skip
+    return sdpa_backward_flop_count(grad, query, key, value)
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
@@ -489,6 +509,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
         f"{given.clock} time, median of {given.repeats} alternating rounds",
         "faster: the other's time over ours, above 1 we are faster, with the range over the rounds; the other is "
         "transformers unless the task says otherwise",
+        "work: the other's floating point operations over ours, matrix products and attention alone: what `faster` "
+        "would be if time went by them; our attention's backward computes the probabilities again, which counts too",
         "MB: peak of the tensors made in one run; of a step, what the forward and its loss hold for the backward "
         "(weights, gradients and optimiser are the same); differs: largest difference of the results",
     ]

@@ -85,6 +85,8 @@ def examine(settings: Settings, source: Source | None = None, seconds: float = 1
                "" if enough else f"fewer than one batch of {t.batch}: lower train.batch")  # fmt: skip
     torch.manual_seed(t.seed)
     passes = build_passes(settings, source)
+    for objective in (o for one in passes for o, _ in one.objectives):
+        objective.check_augment(settings.augment)
     learner, processor = make_learner(settings, passes)
     learner.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     if enough:

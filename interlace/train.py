@@ -140,6 +140,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     for one in passes:
         for objective, _ in one.objectives:
             objective.check_batch(whole, t.batch // t.accumulate, rows)
+            objective.check_augment(settings.augment)
     learner, processor = (make or make_learner)(settings, passes)
     learner.to(arguments.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     states, aligned = _prepare_stems(settings, source, learner, processor)

@@ -8,6 +8,7 @@ import torch
 
 from interlace import align_words, towers
 from interlace.compose import Composition, compose
+from interlace.data.processor import Augment
 from interlace.embed.stem import TextStem, TextTower
 from interlace.errors import UserError
 from interlace.layers import Width
@@ -15,6 +16,7 @@ from interlace.learner import Learner
 from interlace.objectives import Binding
 from interlace.objectives.binding import one_clause
 from interlace.places import CELLS, WORDS, meeting
+from interlace.settings import load_settings
 from interlace.systems import configure_system
 
 
@@ -121,6 +123,14 @@ def test_a_clause_is_true_of_one_caption_alone():
         assert ours in true and ours not in swapped and other in swapped and other not in true
         assert " and " not in ours and "lamp" not in ours  # what both say tells nothing
     assert one_clause("grass in a mug", "a mug in grass", rng) == ("grass in a mug", "a mug in grass")
+
+
+def test_pictures_that_are_mirrored_or_cropped_do_not_show_what_stands_where():
+    for augment in (Augment(), Augment(smallest_crop=1), Augment(flip=False)):
+        with pytest.raises(UserError, match=r"augment\.flip=false"):
+            Binding().check_augment(augment)
+    Binding().check_augment(Augment(smallest_crop=1, flip=False))  # another colour stands where it stood
+    Binding().check_augment(load_settings("binding").augment)
 
 
 def test_clauses_are_read_in_their_share_of_the_visits():

@@ -25,7 +25,7 @@ from interlace.streams import Visibility, everyone
 
 if TYPE_CHECKING:
     from interlace.data.batches import Drawer
-    from interlace.data.processor import Processor
+    from interlace.data.processor import Augment, Processor
     from interlace.data.rows import Pair
     from interlace.embed.base import Embedder
     from interlace.objectives.whole import Ahead, Whole
@@ -196,6 +196,9 @@ class Objective:
     def check_batch(self, batch: int, micro: int, rows: int) -> None:
         """Raises UserError when it cannot learn from optimiser steps of `batch` rows over all ranks, `micro` at a time
         on one, out of `rows`."""
+
+    def check_augment(self, augment: Augment) -> None:
+        """Raises UserError when pictures varied so no longer show what their texts say."""
 
     def looks(self, parts: int) -> bool:
         """Whether it must know the whole step before the first of `parts` micro-batches is learned from."""

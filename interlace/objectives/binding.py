@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from interlace.data.processor import Augment
 from interlace.errors import UserError
 from interlace.model import VLModel
 from interlace.objectives.base import Batch, Objective, Scored, Views, mean
@@ -41,6 +42,12 @@ class Binding(Objective):
             raise UserError(f"objectives.binding.clauses is a share of the visits, 0 to 1; got {clauses}.")
         self.column, self.clauses = column, clauses
         self.text = "clause" if clauses else "caption"  # the caption's half may serve other objectives too
+
+    def check_augment(self, augment: Augment) -> None:
+        if augment.flip or augment.smallest_crop < 1:
+            raise UserError("binding asks what stands where, and training pictures are mirrored (augment.flip) or "
+                            "cropped (augment.smallest_crop), so that their captions are no longer true: set "
+                            "augment.flip=false augment.smallest_crop=1.")  # fmt: skip
 
     def head_options(self) -> dict[str, Any]:
         # what is dropped is not the same for both captions, and at first they differ by less than that
