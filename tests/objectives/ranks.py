@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from interlace import train as module
 from interlace.compose import Composition
+from interlace.data.processor import Augment
 from interlace.settings import Settings, load_settings
 
 ROWS = 8  # of the optimiser step, over all micro-batches and ranks
@@ -57,6 +58,8 @@ def settings(case: dict[str, Any], ranks: int, accumulate: int, out: Path) -> Se
             objectives["itm"]["among"] = "batch"  # else it depends on the micro-batch by what it says
     t = made.train
     t.out, t.steps, t.batch, t.accumulate = str(out), case.get("steps", 1), ROWS // ranks, accumulate
+    if any("binding" in objectives for objectives in made.passes):  # which refuses cropped and mirrored pictures
+        made.augment = Augment(smallest_crop=1, flip=False)
     t.mix, t.evaluate = "sum", False
     t.eps, t.clip, t.warmup, t.schedule, t.weight_decay, t.bf16, t.log_every = 1e-3, 0.0, 0.0, "constant", 0.0, False, 1
     return made
