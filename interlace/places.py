@@ -7,6 +7,7 @@ hundreds of steps on real pictures find none of them. So every step is given som
     words   sinusoids over the order of the tokens (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)
     cells   a random vector for the row plus one for the column: cells of a row, and of a column, are alike in that
     cross   query and key start as one map, so a word attends to the cells that look like it (stems start aligned)
+    match   its head starts as torch starts a linear layer, two or three times as loud as 0.02
 """
 
 from __future__ import annotations
@@ -44,11 +45,9 @@ def start_places(model: VLModel) -> None:
                 same = torch.eye(len(attend.query.weight), device=attend.query.weight.device)
                 attend.query.weight += same
                 attend.key.weight += same
-
-
     for part in model.heads["match"].modules() if "match" in model.heads else ():
-        if isinstance(part, nn.Linear):  # what depends on three things at once is quiet enough: torch's own start,
-            part.reset_parameters()  # two or three times as loud as 0.02
+        if isinstance(part, nn.Linear):  # what depends on three things at once is quiet enough
+            part.reset_parameters()
 
 
 def meeting(layer: object) -> list[Attend]:

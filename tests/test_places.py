@@ -64,6 +64,19 @@ def test_what_is_alike_reads_each_other(made, fusion, streams):
             assert scores.argmax() == 4
 
 
+def test_two_captions_of_one_picture_are_told_apart_by_their_words_alone(made):
+    """Dropout in the head would drop other units for each, and say more than the words do."""
+    model, _ = made()
+    model.train()
+    model.freeze("text", "image")  # as in the recipe; their own dropout rests then
+    ids = torch.tensor([[2, 5, 6, 7, 3]] * 2)
+    with torch.no_grad():
+        text, image = model.half_text(ids), model.half_image(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8))
+        out = model.fuse(text, image.rows(torch.zeros(2, dtype=torch.long)))
+        one, other = model.heads["match"](out.pooled_text, out.pooled_image)
+    torch.testing.assert_close(one, other)
+
+
 def test_without_places_a_model_has_no_more_parameters_than_before(text_tower, image_tower):
     plain, _ = compose(Composition(text=str(text_tower), image=str(image_tower), width=32, heads=4, layers=2, size=64,
                                    max_length=16), [Binding()])  # fmt: skip
