@@ -107,7 +107,10 @@ def configure(what: Composition, objectives: list[Objective]) -> tuple[VLConfig,
                            mean=list(spec.mean), std=list(spec.std))  # fmt: skip
     if any(o.hides_cells for o in objectives):
         pixels.hide = True
-    heads = {o.head: o.head_for(words, pixels) for o in objectives if o.head}
+    heads: dict[str, dict] = {}
+    for objective in objectives:
+        if objective.head:  # two may share one: what either asks of it holds, whichever comes first
+            heads.setdefault(objective.head, {}).update(objective.head_for(words, pixels))
     config = VLConfig(words, pixels, fusion=what.fusion, streams=what.streams, layers=what.layers, heads=heads,
                       writes=decoder_asked_for(what, objectives, words))  # fmt: skip
     return config, image, text

@@ -13,7 +13,7 @@ from interlace.embed.stem import TextStem, TextTower
 from interlace.errors import UserError
 from interlace.layers import Width
 from interlace.learner import Learner
-from interlace.objectives import Binding
+from interlace.objectives import ITM, Binding
 from interlace.objectives.binding import one_clause
 from interlace.places import CELLS, WORDS, meeting
 from interlace.settings import load_settings
@@ -75,6 +75,14 @@ def test_two_captions_of_one_picture_are_told_apart_by_their_words_alone(made):
         out = model.fuse(text, image.rows(torch.zeros(2, dtype=torch.long)))
         one, other = model.heads["match"](out.pooled_text, out.pooled_image)
     torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("objectives", [[Binding(), ITM("drawn")], [ITM("drawn"), Binding()]])
+def test_a_head_that_binding_shares_has_no_dropout_either(text_tower, image_tower, objectives):
+    what = Composition(text=str(text_tower), image=str(image_tower), width=32, heads=4, layers=2, size=64,
+                       max_length=16)  # fmt: skip
+    model, _ = compose(what, objectives, None, Learner)
+    assert model.heads["match"].dropout.p == 0
 
 
 def test_without_places_a_model_has_no_more_parameters_than_before(text_tower, image_tower):
