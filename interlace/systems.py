@@ -283,7 +283,7 @@ def asked_heads(config: VLConfig, objectives: list[Objective], module: Any = Non
             own = module.answers(wanted["labels"], **sizes)
         if own is not None and name == "answers":
             own = {**own, "labels": wanted["labels"]}
-        heads[name] = wanted if own is None else own
+        heads[name] = {**heads.get(name, {}), **wanted} if own is None else own  # two objectives may share one
     return heads
 
 

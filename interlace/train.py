@@ -235,7 +235,8 @@ def _prepare_stems(settings: Settings, source: Source, learner: Learner,
     if strength is None:
         print("stems start unaligned: both towers must be frozen, over at least 20 groups of captions")
     else:
-        print(f"stems start aligned: ridge regression, strength {strength:g} by cross-validation")
+        by = "word by cell" if settings.model.places else "by cross-validation"
+        print(f"stems start aligned: ridge regression, strength {strength:g}, {by}")
     return states, () if strength is None else ALIGNED
 
 
