@@ -97,11 +97,7 @@ def configure(what: Composition, objectives: list[Objective]) -> tuple[VLConfig,
     else:
         image = towers.load_tower(what.image, "image")
         spec = towers.pixel_spec(what.image)
-        h, w = towers.grid_size(image.model, what.size)
-        if what.grid and not (h == w >= what.grid):
-            raise UserError(f"model.grid is {what.grid}, but {what.image} gives {h} x {w} cells of {what.size} pixels: "
-                            "choose a smaller grid or a larger model.size.")  # fmt: skip
-        h, w = (what.grid, what.grid) if what.grid else (h, w)
+        h, w = grid_of(what, image)
         pixels = ImageStem(width, pool="mean", tower=image.model.config.to_dict(), size=what.size, cells=h * w,
                            grid=what.grid, prefix=image.extras.prefix, channels=image.hidden_size,
                            mean=list(spec.mean), std=list(spec.std))  # fmt: skip
@@ -114,6 +110,17 @@ def configure(what: Composition, objectives: list[Objective]) -> tuple[VLConfig,
     config = VLConfig(words, pixels, fusion=what.fusion, streams=what.streams, layers=what.layers, heads=heads,
                       writes=decoder_asked_for(what, objectives, words))  # fmt: skip
     return config, image, text
+
+
+def grid_of(what: Composition, image: towers.Tower) -> tuple[int, int]:
+    """Rows and columns of cells that the model sees. Raises UserError for a grid that the tower's does not hold."""
+    h, w = towers.grid_size(image.model, what.size)
+    if not what.grid:
+        return h, w
+    if not (h == w >= what.grid):
+        raise UserError(f"model.grid is {what.grid}, but {what.image} gives {h} x {w} cells of {what.size} pixels: "
+                        "choose a smaller grid or a larger model.size.")  # fmt: skip
+    return what.grid, what.grid
 
 
 def decoder_asked_for(what: Composition, objectives: list[Objective], text: Embedder) -> Decoder | None:

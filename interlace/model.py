@@ -284,19 +284,21 @@ class VLModel(LoadedWhole, PreTrainedModel):
         """What the contrast head projects of a stream without the other: (B, D).
 
         Where the streams first meet after some layers of their own, that is where the half already stands (ALBEF: align
-        before fusing). A stream that meets the other in its very first layer (UNITER's both, BLIP's text) goes on to
-        the end of the schedule with the partner absent; so does every stream of a head that reads the `whole`.
+        before fusing). A stream that meets the other in its very first layer (BLIP's text) goes on to the end of the
+        schedule with the partner absent. A head that reads the `whole` takes means: of the words' states at the end of
+        the schedule, since a pooler made for pairs has learnt to say one thing, whether they match; of the picture's
+        before it, since layers that were made for words make cells alike when there are no words among them.
         """
         states = half.states
         whole = getattr(self.contrast, "whole", False)
         alone = any(stream in layer.changes for layer in self.schedule.layers()[: self.fusion_depth])
-        if self.fuses and (whole or not alone):
-            text = stream == "text"
+        text = stream == "text"
+        if self.fuses and (text if whole else not alone):
             streams = Streams(states, None) if text else Streams(None, states)
             see = everyone(half.mask, None) if text else everyone(None, half.mask)
             out = self.schedule.run(streams, see, start=self.fusion_depth)
             states = out.text if text else out.image  # type: ignore[assignment]
-        pooled = self.pooled(states, half.mask, stream)
+        pooled = pool(states, half.mask, "mean") if whole else self.pooled(states, half.mask, stream)
         assert pooled is not None
         return pooled
 

@@ -44,6 +44,7 @@ class TrainSettings:
     aligned_lr: float = 5e-5  # of the projections and the contrast, where they start aligned (model.align)
     text_lr: float = 2e-5  # of the text tower; 0 freezes it
     image_lr: float = 0.0  # of the image tower; 0 freezes it
+    heads_first: bool = False  # matching and answers: their heads learn alone, before anything moves
     start_lr: float = 0.0  # of what starts from the text tower (a system's words and layers) or a run; 0: as `lr`
     freeze: list[str] = field(default_factory=list)  # regular expressions: parameters so named stop learning
     weight_decay: float = 0.05

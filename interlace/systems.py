@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from interlace import towers
-from interlace.compose import Composition, decoder_asked_for
+from interlace.compose import Composition, decoder_asked_for, grid_of
 from interlace.config import VLConfig
 from interlace.data.processor import Augment, Processor
 from interlace.embed.grid import GridRegions
@@ -105,20 +105,20 @@ class Parts:
         if self.regions is not None:
             return cls(width, features=self.regions.features_size, **changes)
         tower = self._tower()
-        spec, (rows, columns) = towers.pixel_spec(self.what.image), towers.grid_size(tower.model, self.what.size)
+        spec, (rows, columns) = towers.pixel_spec(self.what.image), grid_of(self.what, tower)
         inner = cls(width, features=tower.hidden_size, **changes)
         return GridRegions(width, pool=inner.pool, pool_size=inner.pool_size, tower=tower.model.config.to_dict(),
                            regions=inner.to_dict(), size=self.what.size, rows=rows, columns=columns,
-                           prefix=tower.extras.prefix, channels=tower.hidden_size, whole=whole, mean=list(spec.mean),
-                           std=list(spec.std))  # fmt: skip
+                           prefix=tower.extras.prefix, channels=tower.hidden_size, whole=whole,
+                           grid=self.what.grid, mean=list(spec.mean), std=list(spec.std))  # fmt: skip
 
     def cells(self, width: Width | None = None, **changes: Any) -> ImageStem:
         """Cells of the image tower, projected, with positions: where the paper has a pre-trained image encoder."""
         width, tower = width or self.width(), self._tower()
-        spec, (rows, columns) = towers.pixel_spec(self.what.image), towers.grid_size(tower.model, self.what.size)
+        spec, (rows, columns) = towers.pixel_spec(self.what.image), grid_of(self.what, tower)
         given = {"pool": "mean", "tower": tower.model.config.to_dict(), "size": self.what.size, "cells": rows * columns,
-                 "prefix": tower.extras.prefix, "channels": tower.hidden_size, "mean": list(spec.mean),
-                 "std": list(spec.std)}  # fmt: skip
+                 "grid": self.what.grid, "prefix": tower.extras.prefix, "channels": tower.hidden_size,
+                 "mean": list(spec.mean), "std": list(spec.std)}  # fmt: skip
         return ImageStem(width, **{**given, **changes})
 
     def patches(self, cls: type[Patches] = Patches, **changes: Any) -> Patches:
@@ -237,9 +237,12 @@ def configure_system(what: Composition, objectives: list[Objective],
     as `build_system` does."""
     from interlace.presets import preset
 
-    if what.places or what.grid or what.text_layers >= 0:
-        raise UserError("model.places, model.grid and model.text_layers are of models composed of two towers; "
+    if what.places or what.text_layers >= 0:
+        raise UserError("model.places and model.text_layers are of models composed of two towers; "
                         f"{what.system} has its own words and positions: leave them out, or model.system.")  # fmt: skip
+    if what.grid and (regions is not None or what.image == "patches"):
+        raise UserError("model.grid averages the cells of an image tower, and there is none: leave it out, or name one "
+                        "as model.image.")  # fmt: skip
     line, _ = preset(what.system)
     form = "small" if what.layers else "full"
     if not hasattr(line.module, form):

@@ -26,6 +26,7 @@ from interlace.data.states import States, frozen_states
 from interlace.embed.grid import GridTower
 from interlace.embed.stem import ImageTower
 from interlace.errors import Stopped, UserError, suggest
+from interlace.heads_first import fit_heads
 from interlace.learner import Learner
 from interlace.memory import choose_micro_batch, hold, parse_bytes
 from interlace.objectives import Objective, Pass, build_objective
@@ -154,6 +155,8 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         write_json(out / "data.json", data)
     collate = Collate(processor, states, passes, learner.cells_to_hide(), shape_of(processor))
     _align_new_contrast(settings, learner, samples, collate)
+    if t.heads_first and newest_complete(out / CHECKPOINTS, warn=lambda line: None) is None:
+        fit_heads(learner, samples, collate, bf16=t.bf16, seed=t.seed)
     learner.attach(whole, rows)  # a slow copy copies what the model starts as
     if t.memory:
         if t.gradient_checkpointing:

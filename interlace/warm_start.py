@@ -26,6 +26,7 @@ from interlace.align_words import WordMap, align_words
 from interlace.bars import bar
 from interlace.embed.grid import GridTower
 from interlace.embed.stem import ImageTower, TextTower
+from interlace.embed.vl_bert import ElementRegions
 from interlace.objectives.base import Views
 from interlace.objectives.mlm import word_table
 from interlace.tasks.baselines import ridge_alignment
@@ -138,8 +139,11 @@ def align_regions(model: VLModel, means: np.ndarray, places: list[int], source: 
     words, pictures = np.concatenate(texts), means[chosen].astype(np.float32)
     strength = ridge_alignment(pictures, words, pictures[:1], words[:1], groups=groups, seed=seed).chosen
     solved = _ridge(pictures - pictures.mean(0), words - words.mean(0), strength)  # (F, D)
+    target = words.mean(0)
+    if normed(model):  # a ReLU and a norm follow: as loud as the box's numbers, and on both sides of zero
+        solved, target = solved / words.std(), 0 * target
     weight.copy_(torch.from_numpy(solved.T.astype(np.float32)))
-    bias.copy_(torch.from_numpy((words.mean(0) - pictures.mean(0) @ solved).astype(np.float32)))
+    bias.copy_(torch.from_numpy((target - pictures.mean(0) @ solved).astype(np.float32)))
     return float(strength)
 
 
@@ -178,6 +182,8 @@ def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: 
     if any(part.std(0).max() < 1e-4 * np.abs(part).max() for part in (x, y)):  # it says the same of everything but for
         return None  # rounding, as VL-BERT's pictures at first
     strength = ridge_alignment(x, y, x[:1], y[:1], groups=groups, seed=seed).chosen
+    if getattr(head, "whole", False):  # it takes out itself what all have in common
+        y, x = _standardised(y, head, "text"), _standardised(x, head, "image")
     away_y, away_x = _away_from_mean(y, text_side), _away_from_mean(x, image_side)
     y0, x0 = (y - y.mean(0)) @ away_y, (x - x.mean(0)) @ away_x
     _, _, directions = np.linalg.svd(y0, full_matrices=True)
@@ -192,12 +198,21 @@ def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: 
     return float(strength)
 
 
+def _standardised(vectors: np.ndarray, head: nn.Module, stream: str) -> np.ndarray:
+    """(N, D) -> (N, D): without their mean, of unit size; the head will do the same."""
+    mean = vectors.mean(0)
+    spread = float(np.sqrt(((vectors - mean) ** 2).mean()))
+    getattr(head, f"{stream}_mean").copy_(torch.from_numpy(mean))
+    getattr(head, f"{stream}_spread").fill_(spread)
+    return (vectors - mean) / spread
+
+
 def _away_from_mean(vectors: np.ndarray, side: nn.Linear) -> np.ndarray:
     """(N, D) -> (D, D): what takes the mean out of vectors. A projection with a bias subtracts it; one without can only
     be blind to its direction."""
     mean = vectors.mean(0).astype(np.float64)
-    if side.bias is not None:
-        return np.eye(len(mean))
+    if side.bias is not None or np.linalg.norm(mean) < 1e-3 * np.sqrt((vectors**2).sum(1).mean()):
+        return np.eye(len(mean))  # nothing to be blind to
     return np.eye(len(mean)) - np.outer(mean, mean) / max(float(mean @ mean), 1e-12)
 
 
@@ -231,6 +246,17 @@ def feature_projection(model: VLModel) -> tuple[torch.Tensor, torch.Tensor] | No
     parameters."""
     if isinstance(model.image, ImageTower):
         return model.image.project.weight, model.image.project.bias
-    regions = model.image.regions if isinstance(model.image, GridTower) else model.image
+    regions = _regions(model)
+    if isinstance(regions, ElementRegions):  # one projection of a box's numbers and, after them, the feature
+        return regions.project.weight[:, 4 * regions.spec.geometry :], regions.project.bias
     linear = getattr(regions, "features", None)
     return (linear.weight, linear.bias) if isinstance(linear, nn.Linear) else None
+
+
+def normed(model: VLModel) -> bool:
+    """Only the direction of what is projected counts (VL-BERT)."""
+    return isinstance(_regions(model), ElementRegions)
+
+
+def _regions(model: VLModel) -> nn.Module:
+    return model.image.regions if isinstance(model.image, GridTower) else model.image

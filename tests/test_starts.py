@@ -108,28 +108,49 @@ def test_an_aligned_contrast_finds_partners_before_it_has_learnt(system, made, s
 
 
 def test_pictures_that_all_look_alike_are_left_unaligned(made, source):
-    model, processor = made("vl_bert", ITC(size=16))  # its pictures say nothing before they have learnt to
+    model, processor = made("vl_bert", ITC(size=16))
+    torch.nn.init.zeros_(model.image.regions.project.weight)  # pictures that say nothing
     samples = Samples(source, "train", processor, model.passes, seed=0, augment=False)
     before = model.heads["contrast"].image.weight.clone()
     assert align_contrast(model, samples, Collate(processor, None, model.passes, model.cells_to_hide())) is None
     assert torch.equal(before, model.heads["contrast"].image.weight)
 
 
-def test_the_whole_of_a_stream_alone_goes_through_the_layers_that_fuse(made):
+def test_what_a_contrast_over_whole_systems_reads_of_a_stream_alone(made):
     model, processor = made("lxmert", ITC(size=16))
     assert model.contrast.whole
     with torch.no_grad():
         for part in model.schedule.parameters():  # fresh branches are quiet, and would hide that layers are left out
             part += 0.05 * torch.randn_like(part)
-    half = model.half_text(*processor.texts(["a red circle", "a blue square"]))
+    ids, mask = processor.texts(["a red circle", "a blue square on the left"])
     model.eval()
     with torch.no_grad():
-        whole = model.pooled_alone(half, "text")
-        model.contrast.whole = False
-        short = model.pooled_alone(half, "text")
-        expected = model.fuse(half, None).pooled_text
-    torch.testing.assert_close(whole, expected)
-    assert not torch.allclose(whole, short)
+        half, picture = model.half_text(ids, mask), model.half_image(torch.rand(2, 3, 64, 64))
+        text, image = model.pooled_alone(half, "text"), model.pooled_alone(picture, "image")
+        states = model.fuse(half, None).text
+    for n, length in enumerate(mask.sum(1)):  # words at the end, without padding; the picture before the streams meet
+        torch.testing.assert_close(text[n], states[n, :length].mean(0))
+    torch.testing.assert_close(image, picture.states.mean(1))
+
+
+def test_what_all_vectors_have_in_common_does_not_reach_the_contrast(made, source, tmp_path):
+    model, processor = made("uniter", ITC(size=16))
+    samples = Samples(source, "train", processor, model.passes, seed=0, augment=False)
+    collate = Collate(processor, None, model.passes, model.cells_to_hide())
+    align_contrast(model, samples, collate, batch=32)
+    head = model.contrast.eval()
+    batch = collate([samples[(0, n)] for n in range(len(samples))])
+    with torch.no_grad():
+        vectors = model.eval().pooled_alone(_views(model, batch).image(), "image")
+    seen = []
+    hook = head.image.register_forward_pre_hook(lambda part, given: seen.append(given[0]))
+    head.project(vectors, "image")
+    hook.remove()
+    torch.testing.assert_close(seen[0].mean(0), torch.zeros(seen[0].shape[1]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen[0].std(), torch.tensor(1.0), atol=0.02, rtol=0)
+    save_run(tmp_path, model, processor, [], 1.0, name="run", system="uniter")
+    again = Run.load(tmp_path).model.contrast  # and a saved one does the same
+    torch.testing.assert_close(again.project(vectors, "image"), head.project(vectors, "image"))
 
 
 def test_a_decoder_of_answers_starts_as_the_one_of_captions(made, tmp_path):

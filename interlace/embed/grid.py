@@ -23,8 +23,9 @@ from interlace.errors import UserError
 @dataclass
 class GridRegions(Embedder):
     """`tower`: the configuration of a transformers vision model whose grid is `rows` by `columns` cells at `size`
-    pixels, after `prefix` tokens that are none. `regions`: the paper's embedder, as `to_dict()` writes it. `whole`: the
-    first region is the whole picture (ViLBERT, VL-BERT), its feature the mean over the cells."""
+    pixels, after `prefix` tokens that are none. `grid`: it has more, averaged to so many a side; 0: as they are.
+    `regions`: the paper's embedder, as `to_dict()` writes it. `whole`: the first region is the whole picture (ViLBERT,
+    VL-BERT), its feature the mean over the cells."""
 
     tower: dict[str, Any] = field(default_factory=dict)
     regions: dict[str, Any] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class GridRegions(Embedder):
     prefix: int = 0
     channels: int = 1280
     whole: bool = False
+    grid: int = 0
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     name = "grid_regions"
@@ -87,7 +89,7 @@ class GridTower(nn.Module):
         if not isinstance(inner, RegionEmbedder):
             raise UserError(f"{inner.name!r} reads no regions: give the embedder of a system that does.")
         self.regions = inner.build()
-        self.prefix, self.whole = spec.prefix, spec.whole
+        self.prefix, self.whole, self.grid = spec.prefix, spec.whole, spec.grid
         corners = grid_boxes(spec.rows, spec.columns)
         if spec.whole:
             corners = torch.cat([torch.tensor([[0.0, 0.0, 1.0, 1.0]]), corners])
@@ -97,7 +99,8 @@ class GridTower(nn.Module):
 
     def states(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S), normalised -> (B, I, C), row by row."""
-        return towers.grid_tokens(self.tower(pixel_values=pixels, **self.keywords).last_hidden_state, self.prefix)
+        cells = towers.grid_tokens(self.tower(pixel_values=pixels, **self.keywords).last_hidden_state, self.prefix)
+        return towers.averaged(cells, self.grid) if self.grid else cells
 
     def features(self, states: Tensor) -> Tensor:
         """(B, I, C) -> (B, I or 1+I, C): with the whole picture first, where the paper has it."""

@@ -23,11 +23,12 @@ SCALE, BASE = 100.0, 1000.0  # of a box number before its sines, and of their wa
 
 
 class QuietNorm(nn.Module):
-    """A layer norm that starts at zero: at first the words are just BERT's, and vision comes in as it learns to."""
+    """A layer norm that starts at a small scale. At zero, as released, the words are at first just BERT's, and vision
+    comes in as it learns to; that takes more steps than a small run has."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, scale: float):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size))
+        self.weight, self.bias = nn.Parameter(torch.full((size,), scale)), nn.Parameter(torch.zeros(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,6 +80,7 @@ class VLBERTRegions(RegionEmbedder):
     """The first region is the whole picture, its feature the mean of the others'."""
 
     geometry: int = 512  # numbers per box number
+    scale: float = 0.0  # of a region's visual feature at first: the release's visual_scale_object_init
     name = "vl_bert_regions"
 
     def build(self) -> nn.Module:
@@ -96,7 +98,7 @@ class ElementRegions(nn.Module):
         self.project = nn.Linear(4 * spec.geometry + spec.features, size)
         self.token, self.hidden_token = vector(size), vector(size)  # [IMG], and what a hidden region has instead
         self.hidden_feature = nn.Parameter(torch.zeros(1, spec.features))
-        self.norm = QuietNorm(size, spec.width.eps)
+        self.norm = QuietNorm(size, spec.width.eps, spec.scale)
 
     def objects(self, regions: Regions) -> Tensor:
         """Geometry and feature of each region -> (B, I, D)."""
@@ -127,12 +129,12 @@ class Meet(Layer):
     kind = "vl_bert_meet"
     crosses = True
 
-    def __init__(self, text: Width, image: Width, positions: int = 512):
+    def __init__(self, text: Width, image: Width, positions: int = 512, scale: float = 0.0):
         super().__init__(text, image)
         _one_width(text, image, self.kind)
         self.positions = nn.Embedding(positions, text.size)
         self.segment, self.end, self.no_picture = vector(text.size), vector(text.size), vector(text.size)
-        self.norm_picture = QuietNorm(text.size, text.eps)
+        self.norm_picture = QuietNorm(text.size, text.eps, scale)
         self.norm, self.dropout = nn.LayerNorm(text.size, eps=text.eps), nn.Dropout(text.dropout)
 
     def forward(self, streams: Streams, see: Visibility) -> Streams:
@@ -162,5 +164,6 @@ class Meet(Layer):
         return see.tt.any(1).sum(-1).expand(len(text))  # a word that no word may see is padding
 
 
-def meet(positions: int = 512) -> Kind:
-    return Kind("vl_bert_meet", (("positions", positions),))
+def meet(positions: int = 512, scale: float = 0.0) -> Kind:
+    """`scale`: of the picture's feature in a word at first, the release's visual_scale_text_init."""
+    return Kind("vl_bert_meet", (("positions", positions), *((("scale", scale),) if scale else ())))

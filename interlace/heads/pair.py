@@ -15,14 +15,20 @@ class Contrast(nn.Module):
     """Both pooled vectors into one space. Radford et al. 2021 (CLIP), section 2.3.
 
     The logit scale starts at ln(1/0.07) and is clamped to [0, ln 100] as in the release. `norm`: the streams arrive
-    without a closing norm (a pre-norm model contrasted before its fusion layers), so norm them here. `whole`: what it
-    reads of a stream went through all layers, those that fuse too, with the partner absent (`VLModel.pooled_alone`).
+    without a closing norm (a pre-norm model contrasted before its fusion layers), so norm them here. `whole`: a
+    system's own layers were made to be run through: it reads the mean over the words' states after all of them, with
+    no picture there, and the mean over the picture's where it stands before the streams meet. Such means are nearly the
+    same for all rows; what `align_contrast` found they have in common is taken out first, else the first steps would
+    only push that about.
     """
 
     def __init__(self, text: int, image: int, size: int = 256, temperature: float = 0.07, norm: bool = False,
                  whole: bool = False):  # fmt: skip
         super().__init__()
         self.whole = whole
+        for stream, width in (("text", text), ("image", image)) if whole else ():
+            self.register_buffer(f"{stream}_mean", torch.zeros(width))
+            self.register_buffer(f"{stream}_spread", torch.ones(()))
         self.norm = nn.ModuleDict({"text": nn.LayerNorm(text), "image": nn.LayerNorm(image)}) if norm else None
         self.text, self.image = nn.Linear(text, size, bias=False), nn.Linear(image, size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
@@ -33,6 +39,8 @@ class Contrast(nn.Module):
 
     def project(self, pooled: Tensor, stream: str) -> Tensor:
         """(B, D) -> (B, P), L2-normalised. `stream`: "text" or "image"."""
+        if self.whole:
+            pooled = (pooled - getattr(self, f"{stream}_mean")) / getattr(self, f"{stream}_spread")
         if self.norm is not None:
             pooled = self.norm[stream](pooled)
         return F.normalize(getattr(self, stream)(pooled).float(), dim=-1)

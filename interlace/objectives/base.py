@@ -140,6 +140,18 @@ class Scored:
     logs: dict[str, Tensor] = field(default_factory=dict)  # scalars
 
 
+@dataclass
+class Pairs:
+    """What a head reads of N pairs of text and picture: `text` (N, Dt), `image` (N, Di). `target` (N, ...) as the
+    objective's `score` takes it, `weight` (N,), 0 = not scored, `row` (N,) whose of the batch it is."""
+
+    text: Tensor
+    image: Tensor
+    target: Tensor
+    weight: Tensor
+    row: Tensor
+
+
 class Objective:
     """Subclasses set `name` and `head` and write `prepare` and `loss`."""
 
@@ -190,6 +202,16 @@ class Objective:
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         raise TypeError(f"{type(self).__name__} has to write its loss()")
+
+    # ------------------------------------------ of a head over pooled pairs, which can learn alone: see heads_first.py
+
+    def pairs(self, model: VLModel, batch: Batch, views: Views) -> Pairs | None:
+        """What its head reads of these rows; None: it reads something else."""
+        return None
+
+    def score(self, logits: Tensor, target: Tensor, weight: Tensor) -> Scored:
+        """The loss of what the head says of pairs."""
+        raise TypeError(f"{type(self).__name__} has pairs() and needs a score()")
 
     # ----------------------------------------------------- where a row's loss depends on other rows: see whole.py
 

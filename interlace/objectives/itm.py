@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from interlace.errors import UserError
 from interlace.model import Half, VLModel
-from interlace.objectives.base import Batch, Objective, Scored, Views
+from interlace.objectives.base import Batch, Objective, Pairs, Scored, Views
 from interlace.objectives.whole import PAIRS, Whole, world
 
 
@@ -93,7 +93,13 @@ class ITM(Objective):
             sample["part"]["lots"] = torch.tensor(rng.random(2), dtype=torch.float32)
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
-        return self.swapped(model, batch, views) if self.negatives == "swap" else self.beside(model, batch, views)
+        if self.negatives == "swap":
+            return self.swapped(model, batch, views)
+        pairs = self.beside(model, batch, views)
+        return self.score(model.heads[self.head](pairs.text, pairs.image).float(), pairs.target, pairs.weight)
+
+    def pairs(self, model: VLModel, batch: Batch, views: Views) -> Pairs | None:
+        return None if self.negatives == "swap" else self.beside(model, batch, views)
 
     def swapped(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         """The pass's own rows, some of whose sentences were swapped."""
@@ -104,8 +110,8 @@ class ITM(Objective):
         loss = (F.cross_entropy(logits, target, reduction="none") * real).sum() / len(real)
         return Scored(loss, self.logs(logits.detach(), label, real.float(), loss))
 
-    def beside(self, model: VLModel, batch: Batch, views: Views) -> Scored:
-        """The true pairs, and wrong ones made of the same halves."""
+    def beside(self, model: VLModel, batch: Batch, views: Views) -> Pairs:
+        """The true pairs, and wrong ones made of the same halves; target (N,), 1 = they belong together."""
         image, text, real = views.image(), views.text("caption"), batch["caption_real"]
         rows = torch.arange(views.size, device=real.device)
         texts, images, labels, weight = [text], [rows], [torch.ones_like(rows)], [real]
@@ -132,15 +138,19 @@ class ITM(Objective):
         for half in texts[1:]:
             joined = joined.join(half)
         out = model.fuse(joined, image.rows(torch.cat(images)))
-        logits = model.heads[self.head](out.pooled_text, out.pooled_image).float()  # (2..4 B, 2)
+        assert out.pooled_text is not None and out.pooled_image is not None
         label, scored = torch.cat(labels), torch.cat(weight).float()
         # each class weighs half, however many negatives there are to a positive: else "never a match" is a comfortable
-        # answer. Divided by the rows there could have been, not by those that were: so the mean over micro-batches or
-        # ranks is the mean over the whole batch
-        scored = scored * torch.where(label == 1, 1.0, 1.0 / (len(labels) - 1))
-        target = label if self.match == 1 else 1 - label
-        loss = (F.cross_entropy(logits, target, reduction="none") * scored).sum() / (2 * len(rows))
-        return Scored(loss, self.logs(logits.detach(), label, scored, loss))
+        # answer. Of the rows there could have been, not of those that were: so the mean over micro-batches or ranks is
+        # the mean over the whole batch
+        share = torch.where(label == 1, len(labels) / 2, len(labels) / (2 * (len(labels) - 1)))
+        return Pairs(out.pooled_text, out.pooled_image, label, scored * share, rows.repeat(len(labels)))
+
+    def score(self, logits: Tensor, target: Tensor, weight: Tensor) -> Scored:
+        """logits (N, 2), target (N,), weight (N,)"""
+        kind = target if self.match == 1 else 1 - target
+        loss = (F.cross_entropy(logits, kind, reduction="none") * weight).sum() / len(weight)
+        return Scored(loss, self.logs(logits.detach(), target, weight, loss))
 
     def logs(self, logits: Tensor, label: Tensor, scored: Tensor, loss: Tensor) -> dict[str, Tensor]:
         said = (logits.argmax(-1) == self.match).long()

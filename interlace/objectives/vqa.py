@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from interlace.errors import UserError
 from interlace.model import VLModel
-from interlace.objectives.base import Batch, Objective, Scored, Views
+from interlace.objectives.base import Batch, Objective, Pairs, Scored, Views, mean
 
 
 class VQA(Objective):
@@ -51,22 +52,28 @@ class VQA(Objective):
         sample["answer_scores"] = torch.from_numpy(target)
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
+        pairs = self.pairs(model, batch, views)
+        return self.score(model.heads[self.head](pairs.text, pairs.image).float(), pairs.target, pairs.weight)
+
+    def pairs(self, model: VLModel, batch: Batch, views: Views) -> Pairs:
+        """Of each question and its picture; target (N, A) scores of the answers."""
         target = batch["answer_scores"]  # (B, questions, A), or (B, A) when there is one
         target = target if target.ndim == 3 else target.unsqueeze(1)
         names = self.texts()[: target.shape[1]]
-        words, image = views.text(names[0]), views.image()
+        words, rows = views.text(names[0]), torch.arange(views.size, device=target.device).repeat(len(names))
         for name in names[1:]:
             words = words.join(views.text(name))
-        if len(names) > 1:
-            image = image.rows(torch.arange(views.size, device=target.device).repeat(len(names)))
-        out = model.fuse(words, image)
-        logits = model.heads["answers"](out.pooled_text, out.pooled_image).float()  # (questions * B, A)
-        scores = target.transpose(0, 1).flatten(0, 1).to(logits)  # (questions * B, A)
+        out = model.fuse(words, views.image() if len(names) == 1 else views.image().rows(rows))
+        assert out.pooled_text is not None and out.pooled_image is not None
+        scores = target.transpose(0, 1).flatten(0, 1)  # (questions * B, A)
         real = torch.cat([batch[f"{name}_real"] for name in names])
-        asked = real & (scores > 0).any(-1)
-        per_row = F.binary_cross_entropy_with_logits(logits, scores, reduction="none").sum(-1)
-        loss = (per_row * asked).sum() / len(asked)  # by all rows, so that micro-batches and ranks average to the whole
+        return Pairs(out.pooled_text, out.pooled_image, scores, (real & (scores > 0).any(-1)).float(), rows)
+
+    def score(self, logits: Tensor, target: Tensor, weight: Tensor) -> Scored:
+        target = target.to(logits)
+        per_row = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
+        loss = (per_row * weight).sum() / len(weight)  # by all rows: micro-batches average to the whole
         with torch.no_grad():
-            score = scores.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
-            logs = {"vqa": loss.detach(), "vqa_accuracy": (score * asked).sum() / asked.sum().clamp(min=1)}
+            right = target.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
+            logs = {"vqa": loss.detach(), "vqa_accuracy": mean(right, weight)}
         return Scored(loss, logs)

@@ -45,11 +45,12 @@ def tiny(**changes: Any) -> VLConfig:
 
 
 def small(parts: Parts) -> VLConfig:
-    """At the size of the parts; grid cells stand for regions, after the whole picture."""
-    width = parts.width()
+    """At the size of the parts; grid cells stand for regions, after the whole picture. Their features begin as loud as
+    a word's vector: from zero, as released, a few hundred steps would not hear them."""
+    width, loud = parts.width(), 0.05
     words = VLBERTWords(width, vocabulary=parts.vocabulary, pad=parts.tokenizer.pad_token_id)
-    return vl_bert(text=words, image=parts.grid(VLBERTRegions, whole=True, geometry=64),
-                   segments={"meet": [meet()], "joint": [JOINT] * parts.layers},
+    return vl_bert(text=words, image=parts.grid(VLBERTRegions, whole=True, geometry=64, scale=loud),
+                   segments={"meet": [meet(scale=loud)], "joint": [JOINT] * parts.layers},
                    heads=heads(parts.vocabulary, parts.classes))  # fmt: skip
 
 
