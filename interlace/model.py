@@ -56,6 +56,18 @@ class Half(NamedTuple):
         return Half(nn.functional.pad(self.states, (0, 0, 0, extra)), nn.functional.pad(mask, (0, extra)))
 
 
+def check_ids(ids: Tensor, words: int) -> None:
+    """(B, T). Raises UserError for a number that no word has. On a CPU alone: another device would have to be waited
+    for."""
+    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
+        return
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= words:
+        wrong = least if least < 0 else most
+        raise UserError(f"word {wrong}, but the model knows words 0 to {words - 1}: the tokenizer is another model's, "
+                        "or has words that were added later.")  # fmt: skip
+
+
 def _with_mask(embedded: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """States and mask; an embedder that knows better than the caller which positions are real returns both."""
     return embedded if isinstance(embedded, tuple) else (embedded, mask)
@@ -131,6 +143,13 @@ class VLModel(LoadedWhole, PreTrainedModel):
         return self.schedule.fusion_depth
 
     @property
+    def vocabulary(self) -> int:
+        """How many words the text part knows."""
+        tower = getattr(self.text, "tower", None)
+        table: Any = self.text.words if tower is None else tower.get_input_embeddings()
+        return table.num_embeddings
+
+    @property
     def fuses(self) -> bool:
         """False for late fusion: no layer lets the streams meet."""
         return self.fusion_depth < len(self.schedule.layers())
@@ -195,7 +214,8 @@ class VLModel(LoadedWhole, PreTrainedModel):
     def half_text(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None,
                   see: Visibility | None = None) -> Half:  # fmt: skip
         """Words (B, T) -> the text stream just before fusion. `see`: which words may look at which, if not all at all;
-        then `fuse` is given the same."""
+        then `fuse` is given the same. Raises UserError for words the model does not have, and too many of them."""
+        check_ids(input_ids, self.vocabulary)
         states, mask = _with_mask(self.text(input_ids, mask, type_ids), mask)
         streams = self.schedule.run(Streams(states, None), see or everyone(mask, None), stop=self._alone)
         return Half(streams.text, mask)  # type: ignore[arg-type]
@@ -267,7 +287,12 @@ class VLModel(LoadedWhole, PreTrainedModel):
         token_type_ids: Tensor | None = None,
         **_,
     ) -> VLOutput:
-        """Words (B, T) and pixels (B, 3, S, S) or regions -> states of both streams. Masks (B, T), (B, I): 1 = real."""
+        """Words (B, T) and pixels (B, 3, S, S) or regions -> states of both streams. Masks (B, T), (B, I): 1 = real.
+        Raises UserError for another number of texts than of pictures."""
+        pictures = len(pixel_values if isinstance(pixel_values, Tensor) else pixel_values.features)
+        if len(input_ids) != pictures:
+            raise UserError(f"{len(input_ids)} texts and {pictures} pictures: row n of one belongs to row n of the "
+                            "other, so there must be as many.")  # fmt: skip
         text = self.half_text(input_ids, attention_mask, token_type_ids)
         return self.fuse(text, self.half_image(pixel_values, image_mask))
 
