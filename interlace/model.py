@@ -144,10 +144,10 @@ class VLModel(LoadedWhole, PreTrainedModel):
 
     @property
     def vocabulary(self) -> int:
-        """How many words the text part knows."""
+        """How many words the text part knows, tasks that stand among them included."""
         tower = getattr(self.text, "tower", None)
         table: Any = self.text.words if tower is None else tower.get_input_embeddings()
-        return table.num_embeddings
+        return table.num_embeddings + getattr(self.config.text, "tasks", 0)
 
     @property
     def fuses(self) -> bool:

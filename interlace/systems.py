@@ -240,9 +240,6 @@ def configure_system(what: Composition, objectives: list[Objective],
     if what.places or what.text_layers >= 0:
         raise UserError("model.places and model.text_layers are of models composed of two towers; "
                         f"{what.system} has its own words and positions: leave them out, or model.system.")  # fmt: skip
-    if what.grid and (regions is not None or what.image == "patches"):
-        raise UserError("model.grid averages the cells of an image tower, and there is none: leave it out, or name one "
-                        "as model.image.")  # fmt: skip
     line, _ = preset(what.system)
     form = "small" if what.layers else "full"
     if not hasattr(line.module, form):

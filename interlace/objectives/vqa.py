@@ -60,7 +60,7 @@ class VQA(Objective):
         target = batch["answer_scores"]  # (B, questions, A), or (B, A) when there is one
         target = target if target.ndim == 3 else target.unsqueeze(1)
         names = self.texts()[: target.shape[1]]
-        words, rows = views.text(names[0]), torch.arange(views.size, device=target.device).repeat(len(names))
+        words, rows = views.text(names[0]), torch.arange(len(target), device=target.device).repeat(len(names))
         for name in names[1:]:
             words = words.join(views.text(name))
         out = model.fuse(words, views.image() if len(names) == 1 else views.image().rows(rows))
