@@ -129,7 +129,7 @@ def test_the_first_layers_of_a_tower_say_what_they_said_in_it(text_tower):
 
 def test_a_published_system_has_its_own_positions(text_tower):
     what = Composition(system="uniter", text=str(text_tower), width=32, heads=4, layers=2)
-    for changes in ({"places": True}, {"text_layers": 0}, {"grid": 2}):
+    for changes in ({"places": True}, {"text_layers": 0}):
         with pytest.raises(UserError, match="has its own words and positions"):
             configure_system(dataclasses.replace(what, **changes), [Binding()])
 

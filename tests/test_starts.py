@@ -8,6 +8,7 @@ from transformers import BertConfig, BertModel
 from interlace.compose import Composition
 from interlace.data.batches import Collate, Samples
 from interlace.data.sources import open_source
+from interlace.errors import UserError
 from interlace.layers import Attend, FeedForward
 from interlace.learner import Learner
 from interlace.objectives import ITC, ITM, MLM, Pass
@@ -151,6 +152,27 @@ def test_what_all_vectors_have_in_common_does_not_reach_the_contrast(made, sourc
     save_run(tmp_path, model, processor, [], 1.0, name="run", system="uniter")
     again = Run.load(tmp_path).model.contrast  # and a saved one does the same
     torch.testing.assert_close(again.project(vectors, "image"), head.project(vectors, "image"))
+
+
+@pytest.mark.parametrize("system", ["uniter", "vl_bert", "vilt", "blip"])
+def test_a_system_reads_cells_averaged_to_a_coarser_grid(system, made):
+    fine, _ = made(system)
+    coarse, _ = made(system, grid=2)
+    cells, pixels = fine.config.image.cells, torch.rand(2, 3, 64, 64)
+    assert cells > 4 == coarse.config.image.cells and int(coarse.cells_to_hide().sum()) == 4
+    with torch.no_grad():
+        told, seen = coarse.image.states(pixels), fine.image.states(pixels)  # (2, 4, C), (2, cells, C)
+        side = int(cells**0.5) // 2
+        corner = seen.unflatten(1, (2 * side, 2 * side))[:, :side, :side].mean((1, 2))
+        torch.testing.assert_close(told[:, 0], corner)
+        half = coarse.half_image(pixels)
+        assert half.states.shape[1] - fine.half_image(pixels).states.shape[1] == 4 - cells
+    if hasattr(coarse.image, "boxes") and coarse.image.boxes.shape[-1]:  # each cell is a quarter of the picture
+        first, last = coarse.image.boxes[-4, :4], coarse.image.boxes[-1, :4]
+        torch.testing.assert_close(first, torch.tensor([0, 0, 0.5, 0.5]))
+        torch.testing.assert_close(last, torch.tensor([0.5, 0.5, 1, 1]))
+    with pytest.raises(UserError, match=r"model\.grid is 99, but"):
+        made(system, grid=99)
 
 
 def test_a_decoder_of_answers_starts_as_the_one_of_captions(made, tmp_path):
