@@ -248,7 +248,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+    code = run(parse(argv))
+    if leave_group():  # threads of the group's libraries outlive it, and may abort what ends in the ordinary way
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def run(args: argparse.Namespace) -> int:
     try:
         return args.run_verb(args)
     except UserError as error:
@@ -262,15 +270,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    finally:
-        leave_group()
 
 
-def leave_group() -> None:
-    """A rank that ends with its group's threads running may be aborted on its way out."""
+def leave_group() -> bool:
+    """Whether this process was a rank among others, and no longer is."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return False
+    distributed.destroy_process_group()
+    return True
 
 
 if __name__ == "__main__":
