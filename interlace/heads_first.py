@@ -124,7 +124,7 @@ def learn(head: nn.Module, objective: Objective, pairs: Pairs, held: Tensor, lr:
     before = best
     steps = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
     order = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    for _ in bar(range(epochs), desc=f"heads first, {objective.name}", unit="epoch", leave=False):
         for block in learnt[torch.randperm(len(learnt), generator=order).to(learnt.device)].split(256):
             steps.zero_grad()
             loss(block).backward()
@@ -150,12 +150,13 @@ def whiten(head: nn.Module, pairs: Pairs) -> Callable[[], None]:
     weights that say of plain vectors what these have learnt to say. Pooled vectors differ much along a few directions
     and little along the rest, and steps of one size for all would not reach what the rest has to tell."""
     found: list[tuple[nn.Linear, Tensor]] = []
+    few = [(x[:2], x) for x in (pairs.text, pairs.image)]  # two rows say as well which linears read them
     watching = [part.register_forward_pre_hook(
-        lambda part, given: found.extend((part, x) for x in (pairs.text, pairs.image) if given[0] is x))
+        lambda part, given: found.extend((part, whole) for one, whole in few if given[0] is one))
         for part in head.modules() if isinstance(part, nn.Linear) and part.bias is not None]  # fmt: skip
     learning = head.training
     head.eval()
-    head(pairs.text, pairs.image)
+    head(*(one for one, _ in few))
     head.train(learning)
     for hook in watching:
         hook.remove()

@@ -11,7 +11,7 @@ is where the fusion layers compare them.
 
 Systems have no stems to align. Their picture parts are mapped into the space of the words (`align_regions`), and their
 contrast head, if they are given one, starts as the same two maps between what their own layers make of a text alone and
-of a picture alone (`align_contrast`).
+a picture before it meets one (`align_contrast`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from interlace.bars import bar
 from interlace.embed.grid import GridTower
 from interlace.embed.stem import ImageTower, TextTower
 from interlace.embed.vl_bert import ElementRegions
+from interlace.heads.pair import Standard
 from interlace.objectives.base import Views
 from interlace.objectives.mlm import word_table
 from interlace.tasks.baselines import ridge_alignment
@@ -180,10 +181,10 @@ def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: 
         return None
     y, x = np.concatenate(texts), np.concatenate(pictures)  # (N, Dt), (N, Di)
     if any(part.std(0).max() < 1e-4 * np.abs(part).max() for part in (x, y)):  # it says the same of everything but for
-        return None  # rounding, as VL-BERT's pictures at first
+        return None  # rounding, as the published VL-BERT's pictures at first
     strength = ridge_alignment(x, y, x[:1], y[:1], groups=groups, seed=seed).chosen
-    if getattr(head, "whole", False):  # it takes out itself what all have in common
-        y, x = _standardised(y, head, "text"), _standardised(x, head, "image")
+    if (standard := getattr(head, "standard", None)) is not None:
+        y, x = _standard(y, standard["text"]), _standard(x, standard["image"])
     away_y, away_x = _away_from_mean(y, text_side), _away_from_mean(x, image_side)
     y0, x0 = (y - y.mean(0)) @ away_y, (x - x.mean(0)) @ away_x
     _, _, directions = np.linalg.svd(y0, full_matrices=True)
@@ -198,13 +199,11 @@ def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: 
     return float(strength)
 
 
-def _standardised(vectors: np.ndarray, head: nn.Module, stream: str) -> np.ndarray:
-    """(N, D) -> (N, D): without their mean, of unit size; the head will do the same."""
-    mean = vectors.mean(0)
-    spread = float(np.sqrt(((vectors - mean) ** 2).mean()))
-    getattr(head, f"{stream}_mean").copy_(torch.from_numpy(mean))
-    getattr(head, f"{stream}_spread").fill_(spread)
-    return (vectors - mean) / spread
+def _standard(vectors: np.ndarray, standard: Standard) -> np.ndarray:
+    """(N, D) -> (N, D): as the head will see them."""
+    pooled = torch.from_numpy(vectors).to(standard.mean)
+    standard.expect(pooled)
+    return standard(pooled).cpu().numpy()
 
 
 def _away_from_mean(vectors: np.ndarray, side: nn.Linear) -> np.ndarray:

@@ -11,6 +11,26 @@ from torch.nn import functional as F
 from interlace.sharded import one_number
 
 
+class Standard(nn.Module):
+    """Vectors without what all of them have in common, of unit size: (..., D) -> (..., D). Nothing in it learns."""
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("spread", torch.ones(()))
+
+    def expect(self, vectors: Tensor) -> None:
+        """These (N, D) are what it will be shown."""
+        self.mean.copy_(vectors.mean(0))
+        self.spread.copy_((vectors - vectors.mean(0)).square().mean().sqrt())
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return (vectors - self.mean) / self.spread
+
+
 class Contrast(nn.Module):
     """Both pooled vectors into one space. Radford et al. 2021 (CLIP), section 2.3.
 
@@ -26,9 +46,7 @@ class Contrast(nn.Module):
                  whole: bool = False):  # fmt: skip
         super().__init__()
         self.whole = whole
-        for stream, width in (("text", text), ("image", image)) if whole else ():
-            self.register_buffer(f"{stream}_mean", torch.zeros(width))
-            self.register_buffer(f"{stream}_spread", torch.ones(()))
+        self.standard = nn.ModuleDict({"text": Standard(text), "image": Standard(image)}) if whole else None
         self.norm = nn.ModuleDict({"text": nn.LayerNorm(text), "image": nn.LayerNorm(image)}) if norm else None
         self.text, self.image = nn.Linear(text, size, bias=False), nn.Linear(image, size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
@@ -39,8 +57,8 @@ class Contrast(nn.Module):
 
     def project(self, pooled: Tensor, stream: str) -> Tensor:
         """(B, D) -> (B, P), L2-normalised. `stream`: "text" or "image"."""
-        if self.whole:
-            pooled = (pooled - getattr(self, f"{stream}_mean")) / getattr(self, f"{stream}_spread")
+        if self.standard is not None:
+            pooled = self.standard[stream](pooled)
         if self.norm is not None:
             pooled = self.norm[stream](pooled)
         return F.normalize(getattr(self, stream)(pooled).float(), dim=-1)

@@ -175,6 +175,8 @@ class ITM(Objective):
         """What the slow copy says of these rows' texts and images, (B, P) each, where it is asked; else nothing."""
         if not self.mines_slowly:
             return ()
+        if not model.beside:  # before the first step, when the slow copy would be the model itself
+            return ()
         objective: Any = next(o for o, _ in model.objectives if o.name == "itc_momentum")  # type: ignore[union-attr]
         whole = views.whole(objective)
         if whole is not None:  # it looked at these rows already
