@@ -40,6 +40,7 @@ from interlace.tasks.metrics import (
 
 KS = (1, 5, 10)
 RERANKED = 20  # candidates the fusion layers see per query
+FITTED, FEWEST_FITTED, WRONG = 1000, 20, 8  # rows the match logit is fitted on, least groups, wrong texts of each
 MATCHED = 100  # rows of a search by matching alone: every text with every picture, so that costs grow with the square
 PROVENANCE = ("source", "creator", "author", "provider", "photographer", "licence", "license")
 FEWEST_PER_CATEGORY, MOST_CATEGORIES = 2, 60  # an attribute is a category when its values repeat
@@ -147,22 +148,23 @@ def match_accuracy(run: Run, held: Held, rows: np.ndarray, blind: bool) -> Score
     return scored(values, groups, 0.5, None if dark is None else float(dark.mean()), held.rows[rows])
 
 
-@torch.inference_mode()
 def said_right(run: Run, held: Held, rows: np.ndarray, true: np.ndarray, wrong: np.ndarray,
                beside: np.ndarray) -> np.ndarray:  # fmt: skip
     """Numbers (N,) of the `rows` whose text is the true one, whose the wrong one, whose picture stands beside both ->
     (N,): 1 where both were told right, 0.5 where one was."""
-    logits = []
-    for which in (true, wrong):
-        parts = []
-        for places in chunks(range(len(rows)), 64):
-            words = run._words([held.pairs[rows[which[n]]].caption for n in places])
-            half = held.halves.rows(torch.from_numpy(rows[beside[places]]))  # type: ignore[union-attr]
-            fused = run.model.fuse(run.model.half_text(*words), half)
-            out = run.model.heads["match"](fused.pooled_text, fused.pooled_image).float()
-            parts.append((out[:, 1] - out[:, 0]).cpu().numpy())
-        logits.append(np.concatenate(parts))
-    return ((logits[0] > 0).astype(np.float64) + (logits[1] <= 0)) / 2
+    right = match_beside(run, held, rows, true, beside) > 0, match_beside(run, held, rows, wrong, beside) <= 0
+    return np.mean(right, axis=0)
+
+
+@torch.inference_mode()
+def match_beside(run: Run, held: Held, rows: np.ndarray, text: np.ndarray, beside: np.ndarray) -> np.ndarray:
+    """Numbers (N,) of the `rows` whose text and whose picture -> (N,) match logits."""
+    parts = []
+    for places in chunks(range(len(text)), 64):
+        words = run._words([held.pairs[rows[text[n]]].caption for n in places])
+        half = held.halves.rows(torch.from_numpy(rows[beside[places]]))  # type: ignore[union-attr]
+        parts.append(run.match_logits(run.model.fuse(run.model.half_text(*words), half)).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def best(scores: np.ndarray) -> np.ndarray:
@@ -184,8 +186,7 @@ def match_logits(run: Run, held: Held, rows: np.ndarray, wanted: np.ndarray) -> 
         columns = np.flatnonzero(wanted[t])
         half = model.half_text(*run._words([texts[t]])).rows(torch.zeros(len(columns), dtype=torch.long))
         fused = model.fuse(half, held.halves.rows(torch.from_numpy(rows[columns])))  # type: ignore[union-attr]
-        logits = model.heads["match"](fused.pooled_text, fused.pooled_image).float()
-        out[t, columns] = (logits[:, 1] - logits[:, 0]).cpu().numpy()
+        out[t, columns] = run.match_logits(fused).cpu().numpy()
     return out
 
 
@@ -255,6 +256,41 @@ def by_category(images: np.ndarray, pairs: list[Pair], source: Source, rows: np.
 
 
 # --------------------------------------------------------------------------------------------------------- temperature
+
+
+def fit_match(run: Run, source: Source) -> tuple[float, float]:
+    """Scale and offset that make validation verdicts honest: Platt scaling (Guo et al. 2017, arXiv:1706.04599, section
+    4.1), own and wrong pairs counting half each. What was learnt by heart is known for sure: a head that saw every
+    training pair a dozen times finds new ones too strange, and says "no match" too often."""
+    held = hold(run, source, "val", FITTED)
+    rows = np.array([n for n, p in enumerate(held.pairs) if p.caption.strip()], dtype=np.int64)
+    groups = [held.groups[r] for r in rows]
+    if held.halves is None or len(set(groups)) < FEWEST_FITTED:
+        return run.match_fit
+    own = np.arange(len(rows))
+    wrong = [match_beside(run, held, rows, shuffled(groups, seed), own) for seed in range(1, 1 + WRONG)]
+    x = torch.from_numpy(np.concatenate([match_beside(run, held, rows, own, own), *wrong])).double()
+    y = (torch.arange(len(x)) < len(own)).double()
+    weight = torch.where(y > 0, 1.0, 1 / WRONG).double()
+    spread = x.std()  # so that one step fits all heads, soft and loud
+    if spread < 1e-6:  # it says the same of all
+        return run.match_fit
+    line = torch.tensor([float(spread), 0.0], dtype=torch.double, requires_grad=True)
+    fitting = torch.optim.LBFGS([line], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        fitting.zero_grad()
+        out = torch.nn.functional.binary_cross_entropy_with_logits(line[0] * x / spread + line[1], y, weight)
+        out = out + 1e-4 * line[0] ** 2  # where all pairs are told apart, no scale is too large
+        out.backward()
+        return out
+
+    fitting.step(loss)
+    scale, offset = float(line[0].detach() / spread), float(line[1].detach())
+    if not scale > 0:  # what it says has nothing to do with what is there: nothing to be set right
+        return run.match_fit
+    before, after = run.match_fit
+    return round(scale * before, 4), round(scale * after + offset, 4)
 
 
 def fit_temperature(run: Run, source: Source) -> float:

@@ -23,7 +23,7 @@ from interlace.data.processor import PROCESSOR_FILE, Processor
 from interlace.data.rows import Picture
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
-from interlace.model import Half, VLModel
+from interlace.model import Half, VLModel, VLOutput
 from interlace.regions.arrays import RegionArrays
 from interlace.regions.base import RegionSource, Shown
 from interlace.regions.base import fingerprint as extractor_print
@@ -149,6 +149,13 @@ class Run:
         return float(self.facts.get("match_weight", 0.0))
 
     @property
+    def match_fit(self) -> tuple[float, float]:
+        """Scale and offset that make the match head's logit honest on the validation split; 1 and 0 where there was no
+        such split."""
+        scale, offset = self.facts.get("match_fit", (1.0, 0.0))
+        return float(scale), float(offset)
+
+    @property
     def picture_size(self) -> int:
         """Side in pixels of the pictures the model sees."""
         return self.processor.size
@@ -229,9 +236,15 @@ class Run:
         for chunk in chunks(pictures, batch):
             image = self.half_image(chunk)
             fused = self.model.fuse(half.rows(torch.zeros(len(chunk), dtype=torch.long)), image)
-            logits = self.model.heads["match"](fused.pooled_text, fused.pooled_image).float()
-            out.append(logits.softmax(-1)[:, 1].cpu().numpy())
+            out.append(self.match_logits(fused).sigmoid().cpu().numpy())
         return np.concatenate(out) if out else np.zeros(0, np.float32)
+
+    def match_logits(self, fused: VLOutput) -> Tensor:
+        """What the model says of N pairs -> (N,) log odds that text and picture belong together, where one in two
+        does."""
+        logits = self.model.heads["match"](fused.pooled_text, fused.pooled_image).float()
+        scale, offset = self.match_fit
+        return scale * (logits[:, 1] - logits[:, 0]) + offset
 
     def _needs_answers(self) -> None:
         if self.can_answer:

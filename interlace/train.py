@@ -416,7 +416,7 @@ def finish(out: Path, settings: Settings, learner: Learner, processor: Processor
     import shutil
 
     from interlace.card import model_card, plot_losses
-    from interlace.evaluate import evaluate, fit_match_weight, fit_temperature
+    from interlace.evaluate import evaluate, fit_match, fit_match_weight, fit_temperature
 
     answers: list[str] = next((o.answers for o, _ in learner.objectives if o.name in WITH_ANSWERS), [])  # type: ignore
     facts = {"name": out.name, "system": settings.model.system or _system_of(settings.model.start),
@@ -434,6 +434,8 @@ def finish(out: Path, settings: Settings, learner: Learner, processor: Processor
         run.use_regions(stored)
     if answers and len(source.question_indices("val")):
         run.temperature = fit_temperature(run, source)
+    if run.can_match and len(source.indices("val")):
+        run.facts["match_fit"] = facts["match_fit"] = fit_match(run, source)
     if run.can_match and run.dim and len(source.indices("val")) > 1:
         run.facts["match_weight"] = facts["match_weight"] = fit_match_weight(run, source)
     if settings.train.evaluate:

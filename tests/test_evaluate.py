@@ -12,8 +12,20 @@ import torch
 from PIL import Image
 
 from interlace.cli import main
+from interlace.data.pictures import open_picture
 from interlace.data.sources import open_source
-from interlace.evaluate import best, evaluate, markdown, match_logits, notes, reranked, rows_of, two_way
+from interlace.evaluate import (
+    best,
+    evaluate,
+    fit_match,
+    markdown,
+    match_beside,
+    match_logits,
+    notes,
+    reranked,
+    rows_of,
+    two_way,
+)
 from interlace.held import hold, scored, shuffled
 from interlace.model import Half
 from interlace.run import Run, save_run
@@ -109,6 +121,51 @@ def test_a_run_that_can_nothing_of_it_says_so_and_is_no_error(tiny_run, source, 
     said = capsys.readouterr().out
     assert "cannot search by vectors: no contrast head" in said and "cannot answer questions" in said
     assert json.loads((tmp_path / "test.json").read_text())["cannot"] == found["cannot"]
+
+
+def said(run: Run, **facts) -> Run:
+    return Run(run.folder, run.model, run.processor, run.answers, run.temperature, run.facts | facts)
+
+
+def test_a_match_head_that_is_too_sure_and_says_no_too_often_is_set_right_on_validation(tiny_run, source):
+    raw = said(tiny_run, match_fit=(1.0, 0.0))
+    plain, held = fit_match(raw, source), hold(raw, source, "val")
+    own = np.arange(len(held.pairs))
+    middle = float(np.median(match_beside(raw, held, own, own, own)))
+    model = copy.deepcopy(tiny_run.model)
+    with torch.no_grad():  # logit' = 3 * (logit - middle): half of the own pairs are told wrong
+        out = model.heads["match"].out
+        out.weight.mul_(3)
+        out.bias.copy_(3 * (out.bias + torch.tensor([middle, -middle]) / 2))
+    sure = said(Run(tiny_run.folder, model, tiny_run.processor, [], 1.0, tiny_run.facts), match_fit=(1.0, 0.0))
+    scale, offset = fit_match(sure, source)
+    assert scale == pytest.approx(plain[0] / 3, rel=0.1)
+    assert offset == pytest.approx(plain[1] + plain[0] * middle, rel=0.1)
+
+    def right(run: Run) -> float:
+        return evaluate(run, source, "test", blind=False)["match"]["value"]
+
+    assert right(sure) < right(said(sure, match_fit=(scale, offset)))
+
+
+def test_what_is_fitted_is_what_the_run_says_and_survives_the_folder(tiny_run, source):
+    assert tiny_run.facts["match_fit"] != [1.0, 0.0]  # of a finished training, loaded from its folder
+    again = tuple(tiny_run.match_fit)
+    assert fit_match(said(tiny_run, match_fit=(1.0, 0.0)), source) == again
+    pictures = [open_picture(source.picture(row)) for row in source.indices("test")[:3]]
+    plain = said(tiny_run, match_fit=(1.0, 0.0)).match("a red square", pictures)
+    odds = again[0] * np.log(plain / (1 - plain)) + again[1]
+    assert tiny_run.match("a red square", pictures) == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-4)
+
+
+def test_nothing_is_fitted_where_the_match_head_says_the_same_of_all(tiny_run, source):
+    model = copy.deepcopy(tiny_run.model)
+    torch.nn.init.zeros_(model.heads["match"].out.weight)
+    run = said(Run(tiny_run.folder, model, tiny_run.processor, [], 1.0, tiny_run.facts), match_fit=(1.0, 0.0))
+    held = hold(run, source, "val")
+    rows = np.arange(len(held.pairs))
+    assert np.ptp(match_beside(run, held, rows, rows, rows)) == 0
+    assert fit_match(run, source) == (1.0, 0.0)
 
 
 class ByRule(Run):

@@ -60,7 +60,7 @@ def scores(run: Run, image: Half, texts: Sequence[str], of: Sequence[int]) -> li
     rows = torch.tensor([of[n] for n in some], device=image.states.device)
     half = model.half_text(*run._words([texts[n] for n in some]))
     fused = model.fuse(half, image.rows(rows))
-    match = model.heads["match"](fused.pooled_text, fused.pooled_image).float().softmax(-1)[:, 1].tolist()
+    match = run.match_logits(fused).sigmoid().tolist()
     cosine: list[float | None] = [None] * len(some)
     if run.dim:
         vectors = model.alone(image, "image").float()[rows]
