@@ -29,7 +29,7 @@ def write(decoder: TextDecoder, context: Half, prompt: Tensor | None = None, bea
     """Context (B, K, C) -> ids (B, L), prompt included, ended by [SEP] and then padded. `prompt` (P,) or (B, P) begins
     with the decoder's start; None: the start alone. Both lengths count the prompt. `options`: transformers' own, such
     as do_sample, top_p, repetition_penalty, use_cache."""
-    ids = _prompts(prompt, decoder.config.bos_token_id, context)
+    ids = _prompts(prompt, decoder.config, context)
     if beams > 1 and not options.get("do_sample"):
         options["custom_generate"] = search_beams
     options = {"do_sample": False, "max_length": max_length, "min_length": min_length, "num_beams": beams, **options}
@@ -45,10 +45,14 @@ def caption(model: VLModel, pixels: Tensor, prompt: Tensor | None = None, **opti
 
 @torch.no_grad()
 def describe(model: VLModel, image: Half, prompt: Tensor | None = None, ends: tuple[int, int, int] | None = None,
-             **options: Any) -> Tensor:  # fmt: skip
+             prompt_mask: Tensor | None = None, **options: Any) -> Tensor:  # fmt: skip
     """The image's half -> ids (B, L) of a caption each, see `write`: by the decoder that reads the image, by the one
     that reads the image and the prompt, or, without a decoder, by the model's own layers; then `ends` are the ids a
-    text starts and ends with and is padded by. Raises UserError for a model that does not write about pictures."""
+    text starts and ends with and is padded by. `prompt_mask` (B, P), 1 = a word: prompts of unequal lengths, padded on
+    either side; those of one length are written together. Raises UserError for a model that does not write about
+    pictures, and for prompts that are padded without a mask."""
+    if prompt_mask is not None and prompt is not None:
+        return _by_length(model, image, prompt, prompt_mask.bool(), ends, **options)
     if model.decoder is None:
         if ends is None:
             raise UserError("this model has no decoder: to write with its own layers, give `ends`, the ids of a text's "
@@ -63,7 +67,7 @@ def describe(model: VLModel, image: Half, prompt: Tensor | None = None, ends: tu
 def write_on(writer: PrefixWriter, image: Half, prompt: Tensor | None = None, beams: int = 3, max_length: int = 20,
              min_length: int = 5, **options: Any) -> Tensor:  # fmt: skip
     """As `write`, without a decoder; beams are transformers' own."""
-    ids = _prompts(prompt, writer.config.bos_token_id, image)
+    ids = _prompts(prompt, writer.config, image)
     options = {"do_sample": False, "max_length": max_length, "min_length": min_length,
                "num_beams": 1 if options.get("do_sample") else beams, **options}  # fmt: skip
     return writer.generate(ids, None, image, **options)
@@ -73,18 +77,40 @@ def write_after(model: VLModel, image: Half, prompt: Tensor | None = None, max_l
                 **options: Any) -> Tensor:  # fmt: skip
     """As `write`, where the prompt is read with the image, and the decoder goes on from it."""
     decoder = decoder_of(model, "both")
-    ids = _prompts(prompt, decoder.config.bos_token_id, image)
+    ids = _prompts(prompt, decoder.config, image)
     given = ids.shape[1]
     places = torch.full_like(ids[:, 0], given)
     context = read_prefix(model, ids, torch.ones_like(ids), places, image)
     out = write(decoder, context, None, max_length=max_length - given + 1, min_length=max(min_length - given + 1, 0),
                 first=places, **options)  # fmt: skip
+    ids = ids.repeat_interleave(len(out) // len(ids), 0)  # as many texts of each picture as were asked for
     return torch.cat([ids, out[:, 1:]], 1)
 
 
-def _prompts(prompt: Tensor | None, start: int, image: Half) -> Tensor:
+def _by_length(model: VLModel, image: Half, prompt: Tensor, real: Tensor, ends: tuple[int, int, int] | None,
+               **options: Any) -> Tensor:  # fmt: skip
+    """`describe` for prompts (B, P) of which `real` (B, P) are words, each as it is written alone -> ids (B, L)."""
+    lengths = real.sum(1)
+    texts: list[tuple[Tensor, Tensor]] = []
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0]
+        words = prompt[rows][real[rows]].view(len(rows), length)
+        ids = describe(model, image.rows(rows), words, ends, **options)
+        texts.append((rows, ids.view(len(rows), -1, ids.shape[1])))  # each picture may have several texts
+    pad = model.decoder.config.pad_token_id if model.decoder is not None else ends[2]  # type: ignore[index]
+    longest = max(ids.shape[2] for _, ids in texts)
+    out = texts[0][1].new_full((len(prompt), texts[0][1].shape[1], longest), pad)
+    for rows, ids in texts:
+        out[rows, :, : ids.shape[2]] = ids
+    return out.flatten(0, 1)
+
+
+def _prompts(prompt: Tensor | None, config: Any, image: Half) -> Tensor:
     """(P,) or (B, P) or None, the start alone -> (B, P)."""
-    prompt = torch.tensor([start]) if prompt is None else prompt
+    prompt = torch.tensor([config.bos_token_id]) if prompt is None else prompt
+    if config.pad_token_id not in (config.bos_token_id, config.eos_token_id) and (prompt == config.pad_token_id).any():
+        raise UserError("a prompt has padding among its words: give `describe` a prompt_mask, or write those of one "
+                        "length together.")  # fmt: skip
     return prompt.to(image.states.device).expand(len(image.states), -1)
 
 
@@ -95,10 +121,9 @@ def ask(model: VLModel, question: Tensor, mask: Tensor | None, pixels: Tensor) -
 
 def answer(model: VLModel, asked: Half, beams: int = 3, max_length: int = 10, min_length: int = 1,
            **options: Any) -> Tensor:  # fmt: skip
-    """Questions asked -> ids (B, L) of an answer each. The release reads the padding of the questions too, here as in
-    its evaluation, and was measured so."""
-    decoder = decoder_of(model, "text")
-    return write(decoder, Half(asked.states, None), None, beams, max_length, min_length, **options)
+    """Questions asked -> ids (B, L) of an answer each, the same whatever else is in the batch. The release reads the
+    padding of shorter questions too: for its answers give `Half(asked.states, None)`."""
+    return write(decoder_of(model, "text"), asked, None, beams, max_length, min_length, **options)
 
 
 @torch.no_grad()

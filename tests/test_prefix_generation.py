@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from test_prefix_lm import SCHEDULES, WIDE_PRE, build, with_tower
+from test_prefix_lm import SCHEDULES, WIDE_PRE, build, with_decoder, with_tower
 
+from interlace import generate
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
 from interlace.model import Half
@@ -127,3 +128,68 @@ def test_the_published_single_stacks_write(preset):
 def test_more_words_than_positions_are_explained(writer, picture):
     with pytest.raises(UserError, match="24 positions"):
         writer.generate(PROMPTS, PROMPTS != PAD, picture, max_length=25)
+
+
+# --------------------------------------------------------------------------------------------- encoder and decoder
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def pair(request):
+    """A model whose decoder goes on from what the whole of it has read of the prompt and the picture."""
+    return with_decoder(SCHEDULES[request.param])
+
+
+@pytest.fixture(scope="module")
+def seen(pair):
+    with torch.no_grad():
+        half = pair.half_image(torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(3)))
+    mask = torch.ones(half.states.shape[:2], dtype=torch.bool)
+    mask[1, 3:] = False
+    return Half(half.states, mask)
+
+
+DRAWN = {"beams": 1, "do_sample": True, "top_p": 0.9, "num_return_sequences": 2}
+
+
+def describe(pair, seen, prompts=PROMPTS, **options):
+    torch.manual_seed(5)
+    return generate.describe(pair, seen, prompts, prompt_mask=prompts != PAD, max_length=10,
+                             **{"min_length": 0, **options})  # fmt: skip
+
+
+@pytest.mark.parametrize("way", [{"beams": 1}, {"beams": 3}, DRAWN], ids=["greedy", "beams", "sampled"])
+def test_a_decoder_that_goes_on_from_a_prompt_writes_alike_with_and_without_memory(pair, seen, way):
+    cached, plain = (describe(pair, seen, use_cache=kept, **way) for kept in (True, False))
+    assert torch.equal(cached, plain) and len(cached) == 3 * way.get("num_return_sequences", 1)
+    for row, ids in enumerate(cached.view(3, -1, cached.shape[1])):
+        prompt = PROMPTS[row][PROMPTS[row] != PAD]
+        assert (ids[:, : len(prompt)] == prompt).all()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_decoder_goes_on_from_each_prompt_as_alone(pair, seen, beams):
+    together = describe(pair, seen, beams=beams)
+    left = torch.tensor([[START, 7, 8, 9], [PAD, PAD, START, 11], [PAD, PAD, PAD, START]])
+    assert torch.equal(describe(pair, seen, left, beams=beams), together)
+    for row in range(3):
+        image = seen.rows(torch.tensor([row]))
+        real = Half(image.states[:, : int(image.mask.sum())], None)
+        prompt = PROMPTS[row][PROMPTS[row] != PAD]
+        alone = generate.describe(pair, real, prompt, beams=beams, max_length=10, min_length=0)[0]
+        assert torch.equal(together[row, : len(alone)], alone) and not (together[row, len(alone) :] != PAD).any()
+
+
+def test_what_a_decoder_goes_on_from_is_read_once(pair, seen):
+    rows, kept, layers = [], [], pair.decoder.schedule.layers()
+    hooks = [layer.register_forward_pre_hook(lambda layer, given: rows.append(1)) for layer in pair.schedule.layers()]
+    hooks += [layer.attend_image.key.register_forward_pre_hook(lambda *_: kept.append(1)) for layer in layers]
+    generate.describe(pair, seen, torch.tensor([START, 7]), beams=3, max_length=9, min_length=9)
+    for hook in hooks:
+        hook.remove()
+    assert len(rows) == len(pair.schedule.layers()) and len(kept) == len(layers)
+
+
+def test_padded_prompts_without_a_mask_are_explained(pair, seen, writer, picture):
+    for model, half in ((pair, seen), (writer.model, picture)):
+        with pytest.raises(UserError, match="prompt_mask"):
+            generate.describe(model, half, PROMPTS, (START, END, PAD))

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from interlace import generate
 from interlace.layers import Width
-from interlace.model import VLModel
+from interlace.model import Half, VLModel
 from interlace.objectives.lm import answers_loss, next_word, written
 from interlace.objectives.momentum import Momentum, soft_contrast
 from interlace.presets import blip
@@ -147,7 +147,8 @@ def test_answers_ranked(golden, vqa):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_answers_written(golden, vqa, cached):
-    equal_texts(golden, generate.answer(vqa, asked(golden, vqa), use_cache=cached), "vqa_generate_ids")
+    read = Half(asked(golden, vqa).states, None)  # the release reads the padding of questions, too
+    equal_texts(golden, generate.answer(vqa, read, use_cache=cached), "vqa_generate_ids")
 
 
 def test_contrast_with_momentum(golden, model):

@@ -88,6 +88,49 @@ def test_a_row_is_written_as_it_is_alone(writer):
         assert torch.equal(together[row, : alone.shape[1]], alone[0])
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_question_is_answered_as_it_is_alone(beams):
+    """The padding of a shorter question, and what stands in it, is not read."""
+    torch.manual_seed(0)
+    model = loud(VLModel(blip.tiny(blip.blip_vqa)))
+    noise = torch.where(MASK.bool(), IDS, 60)
+    with torch.no_grad():
+        together, other = (generate.ask(model, ids, MASK, PIXELS) for ids in (IDS, noise))
+        alone = generate.ask(model, IDS[1:, :4], None, PIXELS[1:])
+    answers = generate.answer(model, together, beams=beams)
+    expected = generate.answer(model, alone, beams=beams)
+    assert torch.equal(answers[1:, : expected.shape[1]], expected)
+    assert torch.equal(answers, generate.answer(model, other, beams=beams))
+
+
+@pytest.mark.parametrize("options", [{"beams": 1}, {"beams": 3}, {"beams": 1, "do_sample": True, "top_p": 0.9}])
+@pytest.mark.parametrize("make", [blip.blip, blip.blip_caption])
+def test_a_picture_is_encoded_once_and_read_into_memory_once(make, options):
+    torch.manual_seed(0)
+    model, seen, kept = loud(VLModel(blip.tiny(make))), [], []
+    layers = model.decoder.schedule.layers()
+    hooks = [model.image.register_forward_hook(lambda _, given, out: seen.append(len(given[0])))]
+    hooks += [layer.attend_image.key.register_forward_hook(lambda _, given, out: kept.append(len(given[0])))
+              for layer in layers]  # fmt: skip
+    ids = generate.caption(model, PIXELS, max_length=9, min_length=9, **options)
+    for hook in hooks:
+        hook.remove()
+    assert ids.shape == (2, 9) and seen == [2] and len(kept) == len(layers)
+
+
+def test_prompts_of_unequal_lengths_are_gone_on_from_as_alone():
+    torch.manual_seed(0)
+    model = loud(VLModel(blip.tiny(blip.blip_caption)))
+    prompts = torch.tensor([[97, 5, 6], [97, 9, 0]])
+    together = generate.caption(model, PIXELS, prompts, prompt_mask=prompts != 0)
+    for row, prompt in enumerate(([97, 5, 6], [97, 9])):
+        alone = generate.caption(model, PIXELS[row : row + 1], torch.tensor([prompt]))
+        assert torch.equal(together[row, : alone.shape[1]], alone[0])
+        assert (together[row, alone.shape[1] :] == 0).all()
+    with pytest.raises(UserError, match="prompt_mask"):
+        generate.caption(model, PIXELS, prompts)
+
+
 def test_beams_find_a_likelier_text_than_greed(writer):
     """By the search's own measure: the total over the length. Beams keep the greedy text unless they found better."""
     read, scores = context(writer), []
