@@ -21,6 +21,7 @@ from interlace.data.processor import Processor
 from interlace.data.rows import Source
 from interlace.data.sources import open_source
 from interlace.errors import UserError
+from interlace.heads_first import MOST, VISITS
 from interlace.learner import Learner
 from interlace.objectives.base import Batch, Objective, Scored, Views
 from interlace.settings import Settings
@@ -281,6 +282,9 @@ def step(report: Report, settings: Settings, learner: Learner, samples: Samples,
     report.say("time", OK, f"{each:.2f} s a step of {t.batch} rows ({read / max(seconds, 1e-9):.0%} of it reading "
                f"pictures and texts), {steps:,} steps: about {span(each * steps)}"
                + (f"; {len(drawn)} passes, one a step" if alone else "")
+               # every row is asked a few times, which is the forward third of its part of a step
+               + (f"; before them heads learn alone, about {span(VISITS * min(rows, MOST) / t.batch * each / 3)}"
+                  if t.heads_first else "")
                + (", after the frozen towers have seen each row once" if kept else ""))  # fmt: skip
     report.say("memory", OK, f"about {peak / 1e9:.1f} GB for {micro} rows at once, the optimiser's numbers among them",
                "")  # fmt: skip

@@ -22,7 +22,7 @@ from interlace.data.batches import Collate, Samples
 from interlace.learner import Learner
 from interlace.objectives.base import Objective, Pairs, Views
 
-MOST = 20_000  # rows that are asked
+MOST, VISITS = 20_000, 2  # rows that are asked, times each
 HELD_OUT = 0.15  # of their groups: where the head has to get better
 SHRINK = 1e-3  # of the mean variance, added to each direction's: what varies less than that is noise
 LEAST = 20  # groups, below which nothing is fitted
@@ -36,7 +36,7 @@ class Fitted:
     after: float
 
 
-def fit_heads(learner: Learner, samples: Samples, collate: Collate, *, visits: int = 2, batch: int = 64,
+def fit_heads(learner: Learner, samples: Samples, collate: Collate, *, visits: int = VISITS, batch: int = 64,
               lr: float = 1e-3, epochs: int = 60, patience: int = 6, bf16: bool = False,
               seed: int = 0) -> dict[str, Fitted]:  # fmt: skip
     """Every head whose objective scores pooled pairs (matching, answers from a list) learns over `visits` visits of the

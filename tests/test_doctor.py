@@ -165,6 +165,15 @@ def test_of_drawn_passes_a_step_costs_one(settings):
     assert "; 2 passes, one a step" in next(f.says for f in report.findings if f.what == "time")
 
 
+def test_the_time_of_heads_that_learn_first_is_told(settings):
+    def told(**train):
+        report = examine(changed(settings, train=train), seconds=0, progress=False)
+        return next(f.says for f in report.findings if f.what == "time")
+
+    assert "; before them heads learn alone, about" in told(heads_first=True)
+    assert "learn alone" not in told(heads_first=False)
+
+
 @pytest.mark.parametrize("first, low, learned", [(2.0, 0.9, True), (2.0, 1.1, False), (-0.2, -0.2, False),
                                                  (-0.2, -0.35, True), (0.01, 0.01, False), (0.01, -0.1, True)])
 def test_what_counts_as_learned_by_heart(first, low, learned):
