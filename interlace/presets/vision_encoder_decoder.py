@@ -62,14 +62,24 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from interlace import towers
 from interlace.config import VLConfig
 from interlace.decoder import Decoder
-from interlace.embed.patches import Patches
+from interlace.embed.patches import Patches, check_pixels
 from interlace.embed.stem import ImageStem
 from interlace.errors import UserError, first_line
 from interlace.layers import IMAGE, READ, Width, norm
 from interlace.loading import LoadedWhole
+from interlace.model import check_ids
 from interlace.progress import say
 from interlace.systems import BERT_WORDS, Parts, bert_start
-from interlace.towers import PixelSpec, build_tower, load_tokenizer, load_tower, pixel_spec, resolve_tower, tower_config
+from interlace.towers import (
+    PixelSpec,
+    build_tower,
+    load_tokenizer,
+    load_tower,
+    native_size,
+    pixel_spec,
+    resolve_tower,
+    tower_config,
+)
 from interlace.weights import Keys
 
 VISION = ("vit", "beit", "deit")
@@ -158,7 +168,13 @@ class CaptionModel(LoadedWhole, VisionEncoderDecoderModel):
     ) -> Seq2SeqLMOutput | tuple:
         """Pictures (B, 3, S, S), labels (B, T) -> loss (), logits (B, T, V). `labels`: see `caption_labels`; what the
         decoder reads is made of them unless `decoder_input_ids` is given. `num_items_in_batch`: scored labels of all
-        the batches whose gradients are summed. Raises UserError for padding before a word or texts too long."""
+        the batches whose gradients are summed. Raises UserError for padding before a word, texts too long, words the
+        decoder does not have, pictures the tower does not take, and another number of pictures than of texts."""
+        if pixel_values is not None:
+            self.check_pictures(pixel_values, kwargs.get("interpolate_pos_encoding", False))
+        if labels is not None and pixel_values is not None and len(labels) != len(pixel_values):
+            raise UserError(f"{len(labels)} texts and {len(pixel_values)} pictures: row n of one belongs to row n of"
+                            " the other, so there must be as many.")  # fmt: skip
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             self.check_labels(labels)
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -180,7 +196,9 @@ class CaptionModel(LoadedWhole, VisionEncoderDecoderModel):
         return out if _first(return_dict, self.config.return_dict) else out.to_tuple()
 
     def check_labels(self, labels: Tensor) -> None:
-        """(B, T). Raises UserError for hidden labels before scored ones, and for texts longer than the positions."""
+        """(B, T). Raises UserError for hidden labels before scored ones, for texts longer than the positions, and for
+        words the decoder does not have."""
+        check_ids(labels.masked_fill(labels.eq(HIDDEN), 0), self.decoder.config.vocab_size)
         if labels.shape[1] > (longest := longest_text(self.decoder)):
             raise UserError(f"Labels of {labels.shape[1]} tokens, but the text tower has positions for {longest}."
                             " Lower max_length in caption_labels.")  # fmt: skip
@@ -190,9 +208,40 @@ class CaptionModel(LoadedWhole, VisionEncoderDecoderModel):
                             " Make them with caption_labels; for a prompt that is read but not scored, also give"
                             " decoder_input_ids.")  # fmt: skip
 
+    def check_pictures(self, pixels: Tensor, interpolated: bool = False) -> None:
+        """(B, 3, h, w), of ViT, BEiT, DeiT. Raises UserError for pictures smaller than a patch, not normalised, or of
+        another size than the tower has places for; `interpolated`: it makes places for theirs."""
+        tower: Any = self.config.encoder
+        if tower.num_channels != 3 or tower.model_type not in VISION:
+            return
+        check_pixels(pixels, tower.patch_size)
+        if not pixels.is_floating_point():
+            raise UserError(f"Pictures as {pixels.dtype}, but the image tower reads normalised floats: divide by 255,"
+                            " then take off the mean and divide by the deviation of its PixelSpec.")  # fmt: skip
+        placed = getattr(getattr(self.encoder, "embeddings", None), "position_embeddings", None) is not None
+        size = pixels.shape[-2:]
+        if placed and not interpolated and size != (native_size(tower),) * 2:
+            raise UserError(f"Pictures of {size[1]}x{size[0]} pixels, but the image tower was made for"
+                            f" {native_size(tower)}x{native_size(tower)}: resize them, or give"
+                            " interpolate_pos_encoding=True.")  # fmt: skip
+
+    def check_length(self, options: dict[str, Any]) -> None:
+        """The options of `generate`. Raises UserError for a text longer than the positions."""
+        length, new, prompt = (options.get(name) for name in ("max_length", "max_new_tokens", "decoder_input_ids"))
+        if new is not None:
+            length = new + (1 if prompt is None else prompt.shape[1])
+        if length is not None and length > (longest := longest_text(self.decoder)):
+            raise UserError(f"A text of {length} tokens, but the text tower has positions for {longest}: lower"
+                            " max_length.")  # fmt: skip
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`: pictures (B, 3, S, S) -> ids (B * num_return_sequences, L), start included. Raises
-        UserError when the configs disagree on the ids."""
+        UserError when the configs disagree on the ids, for pictures the tower does not take, and for a length beyond
+        the positions."""
+        pixels = kwargs.get("pixel_values", args[0] if args else None)
+        if pixels is not None:
+            self.check_pictures(pixels, kwargs.get("interpolate_pos_encoding", False))
+        self.check_length(kwargs)
         ids, own = Ids.of_config(self.config), self.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         if (own.decoder_start_token_id, own.pad_token_id) != (ids.start, ids.pad) or ids.end not in ends:

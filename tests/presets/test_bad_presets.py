@@ -71,6 +71,32 @@ def test_pictures(system, wrong, words):
         system.model().half_image(wrong)
 
 
+@pytest.mark.parametrize("wrong,words", [
+    (torch.rand(1, 3, 4, 32), "32x4 pixels is smaller than one patch"),
+    (torch.rand(1, 3, 36, 50), "50x36 pixels does not divide into patches of 8"),
+    (torch.rand(1, 3, 40, 40), r"40x40 pixels, but the image tower was made for 32x32.*interpolate_pos_encoding"),
+    (torch.rand(3, 32, 32), r"expected pictures \(B, 3, height, width\), got \(3, 32, 32\)"),
+    (torch.rand(1, 1, 32, 32), r"expected pictures .* got \(1, 1, 32, 32\).* grey"),
+    (torch.ones(1, 3, 32, 32, dtype=torch.uint8), "reads normalised floats"),
+], ids=["smaller than a patch", "no multiple", "another size", "no batch", "grey", "bytes"])  # fmt: skip
+def test_pictures_of_a_captioner(wrong, words):
+    model = CAPTIONS.model()
+    with pytest.raises(UserError, match=words):
+        model(pixel_values=wrong, labels=torch.tensor([[5, 98]]))
+    with pytest.raises(UserError, match=words):
+        model.generate(wrong)
+    with pytest.raises(UserError, match=words):
+        model.generate(pixel_values=wrong)
+    larger = torch.rand(1, 3, 40, 40)
+    assert model.generate(larger, interpolate_pos_encoding=True, max_length=4).shape == (1, 4)
+
+
+@pytest.mark.parametrize("options", [{"max_length": 25}, {"max_new_tokens": 24}])
+def test_a_captioner_does_not_write_beyond_its_positions(options):
+    with pytest.raises(UserError, match="A text of 25 tokens, but the text tower has positions for 24"):
+        CAPTIONS.model().generate(CAPTIONS.batch(1).image, **options)
+
+
 def test_a_mask_of_patches_where_pixels_are_meant():
     model = PAIRED["vilt"].model()
     with pytest.raises(UserError, match=r"expected a mask of pixels \(1, 32, 32\), got \(1, 4, 4\)"):
