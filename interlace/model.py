@@ -68,6 +68,17 @@ def check_ids(ids: Tensor, words: int) -> None:
                         "or has words that were added later.")  # fmt: skip
 
 
+def check_mask(mask: Tensor | None) -> None:
+    """(B, T). Raises UserError for padding before a word: its place would count, and the first state is what is pooled.
+    On a CPU alone, as `check_ids`."""
+    if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    real = mask.bool()
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        raise UserError("padding stands before a word, and texts are padded on the right: set tokenizer.padding_side = "
+                        "'right'.")  # fmt: skip
+
+
 def _with_mask(embedded: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """States and mask; an embedder that knows better than the caller which positions are real returns both."""
     return embedded if isinstance(embedded, tuple) else (embedded, mask)
@@ -214,8 +225,10 @@ class VLModel(LoadedWhole, PreTrainedModel):
     def half_text(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None,
                   see: Visibility | None = None) -> Half:  # fmt: skip
         """Words (B, T) -> the text stream just before fusion. `see`: which words may look at which, if not all at all;
-        then `fuse` is given the same. Raises UserError for words the model does not have, and too many of them."""
+        then `fuse` is given the same. Raises UserError for words the model does not have, too many of them, and padding
+        before them."""
         check_ids(input_ids, self.vocabulary)
+        check_mask(mask)
         states, mask = _with_mask(self.text(input_ids, mask, type_ids), mask)
         streams = self.schedule.run(Streams(states, None), see or everyone(mask, None), stop=self._alone)
         return Half(streams.text, mask)  # type: ignore[arg-type]

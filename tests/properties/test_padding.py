@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from properties.systems import EVERY_SYSTEM, Captions, assert_same, one_row, real
+from properties.systems import EVERY_PAIRED, EVERY_SYSTEM, Captions, assert_same, one_row, real
+
+from interlace.errors import UserError
 
 
 @EVERY_SYSTEM
@@ -29,6 +31,14 @@ def test_padding_may_stand_between_regions(system):
     model, batch = system.model(), system.batch()
     for at in (1, 3):
         assert_same(real(system.run(model, system.padded(batch, 0, 3, at=at))), real(system.run(model, batch)))
+
+
+@EVERY_PAIRED
+def test_padding_before_words_is_refused(system):
+    """Words have an order, so their padding has a side."""
+    model, batch = system.model(), system.batch()
+    with pytest.raises(UserError, match=r"padding stands before a word.*padding_side"):
+        model.half_text(batch.ids.flip(1), batch.mask.flip(1))
 
 
 @EVERY_SYSTEM
