@@ -117,6 +117,24 @@ def test_without_heads(name):
 
 
 def test_lxmert_s_parts():
-    schedule = build("lxmert").schedule
-    assert [round(count(part) / 1e6, 2) for part in (schedule.language, schedule.objects, schedule.cross)] == [
-        63.79, 35.44, 82.70]  # fmt: skip
+    model = build("lxmert")
+    schedule, heads = model.schedule, model.heads
+    parts = {"embeddings": model.text, "language": schedule.language, "objects": schedule.objects,
+             "cross": schedule.cross, "regions": model.image, "pooler": model.poolers, "answers": heads["answers"],
+             "region labels": heads["regions"]}  # fmt: skip
+    assert {name: round(count(part) / 1e6, 2) for name, part in parts.items()} == {
+        "embeddings": 23.84, "language": 63.79, "objects": 35.44, "cross": 82.70, "regions": 1.58, "pooler": 0.59,
+        "answers": 15.79, "region labels": 3.71}  # fmt: skip
+
+
+def test_vl_bert_s_encoder():
+    """The release's class for VQA without its heads: what it reads regions by is outside of it, hidden ones too."""
+    model = build("vl_bert")
+    outside = [model.heads, model.image.project]
+    alone = [model.image.token, model.image.hidden_token, model.image.hidden_feature,
+             model.schedule.meet[0].no_picture]  # fmt: skip
+    assert count(model) - sum(map(count, outside)) - sum(p.numel() for p in alone) == 108_896_256
+
+
+def test_vilt_s_patches():
+    assert count(build("vilt").image.project) == 3 * 32 * 32 * 768 + 768
