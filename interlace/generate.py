@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from interlace.decoder import TextDecoder
 from interlace.errors import UserError
-from interlace.model import Half, VLModel
+from interlace.model import Half, VLModel, check_ids
 from interlace.objectives.lm import read_for, text_losses, written
 from interlace.objectives.prefix_lm import read_prefix, reads_both
 from interlace.prefix_generation import PrefixWriter
@@ -29,7 +29,12 @@ def write(decoder: TextDecoder, context: Half, prompt: Tensor | None = None, bea
     """Context (B, K, C) -> ids (B, L), prompt included, ended by [SEP] and then padded. `prompt` (P,) or (B, P) begins
     with the decoder's start; None: the start alone. Both lengths count the prompt. `options`: transformers' own, such
     as do_sample, top_p, repetition_penalty, use_cache."""
-    ids = _prompts(prompt, decoder.config, context)
+    ids = _prompts(prompt, decoder.config, context, decoder.config.vocab_size)
+    if beams < 1:
+        raise UserError(f"beams is how many texts are followed at once, at least 1; got {beams}.")
+    if ids.shape[1] >= max_length and "max_new_tokens" not in options:
+        raise UserError(f"the prompt has {ids.shape[1]} tokens, its start included, and the text at most {max_length}: "
+                        "shorten the prompt or raise max_length.")  # fmt: skip
     if beams > 1 and not options.get("do_sample"):
         options["custom_generate"] = search_beams
     options = {"do_sample": False, "max_length": max_length, "min_length": min_length, "num_beams": beams, **options}
@@ -67,7 +72,7 @@ def describe(model: VLModel, image: Half, prompt: Tensor | None = None, ends: tu
 def write_on(writer: PrefixWriter, image: Half, prompt: Tensor | None = None, beams: int = 3, max_length: int = 20,
              min_length: int = 5, **options: Any) -> Tensor:  # fmt: skip
     """As `write`, without a decoder; beams are transformers' own."""
-    ids = _prompts(prompt, writer.config, image)
+    ids = _prompts(prompt, writer.config, image, writer.model.vocabulary)
     options = {"do_sample": False, "max_length": max_length, "min_length": min_length,
                "num_beams": 1 if options.get("do_sample") else beams, **options}  # fmt: skip
     return writer.generate(ids, None, image, **options)
@@ -77,7 +82,7 @@ def write_after(model: VLModel, image: Half, prompt: Tensor | None = None, max_l
                 **options: Any) -> Tensor:  # fmt: skip
     """As `write`, where the prompt is read with the image, and the decoder goes on from it."""
     decoder = decoder_of(model, "both")
-    ids = _prompts(prompt, decoder.config, image)
+    ids = _prompts(prompt, decoder.config, image, model.vocabulary)
     given = ids.shape[1]
     places = torch.full_like(ids[:, 0], given)
     context = read_prefix(model, ids, torch.ones_like(ids), places, image)
@@ -105,9 +110,15 @@ def _by_length(model: VLModel, image: Half, prompt: Tensor, real: Tensor, ends: 
     return out.flatten(0, 1)
 
 
-def _prompts(prompt: Tensor | None, config: Any, image: Half) -> Tensor:
-    """(P,) or (B, P) or None, the start alone -> (B, P)."""
+def _prompts(prompt: Tensor | None, config: Any, image: Half, words: int) -> Tensor:
+    """(P,) or (B, P) or None, the start alone -> (B, P), of a model that knows so many words."""
     prompt = torch.tensor([config.bos_token_id]) if prompt is None else prompt
+    if not prompt.numel():
+        raise UserError(f"a prompt begins with the start of a text, the id {config.bos_token_id}; this one is empty.")
+    if prompt.dim() > 1 and len(prompt) not in (1, len(image.states)):
+        raise UserError(f"{len(prompt)} prompts and {len(image.states)} pictures: row n of one belongs to row n of the "
+                        "other, so there must be as many, or one prompt for all.")  # fmt: skip
+    check_ids(prompt, words)
     if config.pad_token_id not in (config.bos_token_id, config.eos_token_id) and (prompt == config.pad_token_id).any():
         raise UserError("a prompt has padding among its words: give `describe` a prompt_mask, or write those of one "
                         "length together.")  # fmt: skip
@@ -115,7 +126,11 @@ def _prompts(prompt: Tensor | None, config: Any, image: Half) -> Tensor:
 
 
 def ask(model: VLModel, question: Tensor, mask: Tensor | None, pixels: Tensor) -> Half:
-    """Questions (B, T), beginning with [ENC], that have seen their pictures: what the answers are written from."""
+    """Questions (B, T), beginning with [ENC], that have seen their pictures: what the answers are written from. Raises
+    UserError for another number of questions than of pictures."""
+    if len(question) != len(pixels):
+        raise UserError(f"{len(question)} questions and {len(pixels)} pictures: row n of one belongs to row n of the "
+                        "other, so there must be as many.")  # fmt: skip
     return read_for(model, model.half_text(question, mask), model.half_image(pixels))
 
 

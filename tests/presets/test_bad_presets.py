@@ -1,5 +1,5 @@
-"""What a user may get wrong with a preset: one clear error each, before anything has been computed or loaded. Values of
-boxes are checked where files are read (tests/regions/test_arrays.py), unknown names of presets in test_table.py."""
+"""What a user may get wrong with a preset: one clear error each, before anything has been computed or loaded. Boxes in
+files are checked where those are read (tests/regions/test_arrays.py), unknown names of presets in test_table.py."""
 
 import re
 from collections import Counter
@@ -55,6 +55,23 @@ def test_a_caption_longer_than_the_positions():
 def test_regions(system, wrong, words):
     with pytest.raises(UserError, match=words):
         system.model().half_image(wrong(system.batch().image))
+
+
+@pytest.mark.parametrize("system", [system for system in REGIONS if system.config().image.boxes],
+                         ids=lambda system: system.name)  # fmt: skip
+@pytest.mark.parametrize("box,words", [
+    ((0.1, 0.1, 1.5, 0.4), r"box 2 of picture 1 \(0.1, 0.1, 1.5, 0.4\) lies outside the picture"),
+    ((-0.1, 0.1, 0.5, 0.4), "lies outside the picture"),
+    ((32.0, 20.0, 64.0, 48.0), "lies outside the picture, which is 0 to 1: divide pixels by its width and height"),
+    ((float("nan"), 0.1, 0.5, 0.4), "lies outside the picture"),
+    ((0.5, 0.1, 0.2, 0.4), r"box 2 of picture 1 .* corners in the wrong order: expected x1, y1, x2, y2"),
+], ids=["wide", "negative", "pixels", "no number", "unordered"])  # fmt: skip
+def test_boxes_that_are_none(system, box, words):
+    model, batch = system.model(), system.batch()
+    boxes = batch.image.boxes.clone()
+    boxes[1, 2, :4] = torch.tensor(box)
+    with pytest.raises(UserError, match=words):
+        model(batch.ids, batch.image._replace(boxes=boxes), batch.mask, batch.cells)
 
 
 @EVERY_READER_OF_PIXELS

@@ -195,3 +195,23 @@ def test_momentum_follows_slowly_and_the_queue_turns():
 def test_a_wrong_decoder_is_explained(make, words):
     with pytest.raises(UserError, match=words):
         make()
+
+
+@pytest.mark.parametrize("prompt,options,words", [
+    ([97, 500], {}, "word 500, but the model knows words 0 to 98"),
+    ([97, -1], {}, "word -1, but"),
+    ([[97, 5], [97, 6], [97, 7]], {}, "3 prompts and 2 pictures"),
+    ([], {}, "begins with the start of a text, the id 97"),
+    ([97, *[5] * 24], {}, "the prompt has 25 tokens.* at most 20"),
+    ([97], {"max_length": 60, "min_length": 50}, "a text of 33 tokens, but the model has 32 positions"),
+    ([97], {"beams": 0}, "at least 1; got 0"),
+], ids=["unknown word", "no word", "other pictures", "empty", "longer than the text", "positions", "beams"])
+def test_a_prompt_that_cannot_be_gone_on_from_is_explained(prompt, options, words):
+    model = VLModel(blip.tiny(blip.blip_caption)).eval()
+    with pytest.raises(UserError, match=words):
+        generate.caption(model, PIXELS, torch.tensor(prompt, dtype=torch.long), **options)
+
+
+def test_other_questions_than_pictures_are_explained():
+    with pytest.raises(UserError, match="1 questions and 2 pictures"):
+        generate.ask(VLModel(blip.tiny(blip.blip_vqa)), IDS[:1], None, PIXELS)
