@@ -155,7 +155,7 @@ def _find(given: dict[str, Any], *names: str) -> Any:
 def sized(config: VLConfig, shapes: Mapping[str, tuple[int, ...]], given: dict[str, Any], further: dict[str, Any],
           hf: bool) -> VLConfig:  # fmt: skip
     """The preset's configuration at the sizes of the file. Raises UserError where neither tensors nor the configuration
-    beside them say a size."""
+    beside them say a size, and where the two say different ones."""
     common = ("num_attention_heads", "num_heads", "NETWORK.VLBERT.num_attention_heads")
     prefer = {"text": ("text_config", "med_config"), "image": ("vision_config", "vision")}
     for stream in ("text", "image"):
@@ -169,7 +169,11 @@ def sized(config: VLConfig, shapes: Mapping[str, tuple[int, ...]], given: dict[s
             changes["eps"] = eps
             if hasattr(spec, "eps"):
                 spec.eps = eps
-        size = _width(shapes, stream, config) or spec.width.size
+        found, said = _width(shapes, stream, config), _find(given, *_places(own, "hidden_size", "embed_dim"))
+        if found and said and found != said:
+            raise UserError(f"the {stream} is {found} wide, but the configuration beside the weights is of a model "
+                            f"whose {stream} is {said} wide: put their own there.")  # fmt: skip
+        size = found or spec.width.size
         ffn = _inner(shapes, stream, config) or 4 * size
         if not heads and size % 64:
             raise UserError(f"the {stream} is {size} wide, which no released model is, and tensors do not say how many "

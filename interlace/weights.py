@@ -15,6 +15,7 @@ and whatever lies below come along) or one tensor; the longest line that fits wi
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -352,7 +353,8 @@ def read_release(path: str | Path) -> dict[str, Tensor]:
             raise UserError(f"{path.name} is no safetensors file, or half of one ({str(error).strip()}): copy it "
                             "again.") from None  # fmt: skip
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about how a file that is refused was pickled
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path.name} is no file of plain tensors ({_why(error)}). Only such files are opened, since "
                         "others may run code: where you trust it, write its tensors to a safetensors file "

@@ -1,6 +1,7 @@
 """Releases as their files are named, brought over: our folder holds the same numbers under our names."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,17 @@ def test_heads_that_nothing_tells(tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
+def test_a_configuration_of_another_size_is_not_believed(tmp_path):
+    """Else its number of heads would be taken, and all outputs be wrong without a word."""
+    file, _ = release(tmp_path, "uniter")
+    given = json.loads((tmp_path / "config.json").read_text())
+    wide = given["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps({**given, "hidden_size": 2 * wide, "num_attention_heads": 2}))
+    with pytest.raises(UserError, match=f"the text is {wide} wide, .* whose text is {2 * wide} wide"):
+        convert(file, tmp_path / "ours", "uniter", QUIET)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_another_system_s_file_is_recognised(tmp_path):
     file, _ = release(tmp_path, "vilt")
     with pytest.raises(UserError, match="look like the release of 'vilt'"):
@@ -130,7 +142,7 @@ def test_another_system_s_file_is_recognised_behind_a_prefix(tmp_path):
         convert(tmp_path / "model.safetensors", tmp_path / "ours", "vilt", QUIET)
 
 
-def test_what_is_refused(tmp_path):
+def test_what_is_refused(tmp_path, recwarn):
     file, _ = release(tmp_path, "uniter")
     with pytest.raises(UserError, match="not empty"):
         convert(file, tmp_path, "uniter", QUIET)
@@ -141,6 +153,11 @@ def test_what_is_refused(tmp_path):
     torch.save({"weights": Path("runs code")}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="may run code"):
         convert(tmp_path / "evil.pt", tmp_path / "ours", "uniter", QUIET)
+    with open(tmp_path / "plain.pt", "wb") as pickled:
+        pickle.dump({"weights": Path("runs code")}, pickled)
+    with pytest.raises(UserError, match="may run code"):
+        convert(tmp_path / "plain.pt", tmp_path / "ours", "uniter", QUIET)
+    assert not [str(w.message) for w in recwarn if "ickle" in str(w.message)]  # the error says it all
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="one file of weights"):
         convert(tmp_path / "empty", tmp_path / "ours", "uniter", QUIET)
