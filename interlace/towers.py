@@ -151,7 +151,7 @@ def load_tower(name: str | Path, kind: Kind, layers: int = -1) -> Tower:
     if layers >= 0:
         _cut(model, layers, name)
     if kind == "text":
-        return Tower(model, config.hidden_size, Extras(folder, config.model_type, max_tokens=_max_tokens(model)))
+        return Tower(model, config.hidden_size, Extras(folder, config.model_type, max_tokens=longest_text(model)))
     shape = _output_shape(config, native_size(config))
     return Tower(model, shape.width, Extras(folder, config.model_type, shape.prefix, shape.grid, shape.is_map))
 
@@ -203,7 +203,8 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _max_tokens(model: PreTrainedModel) -> int | None:
+def longest_text(model: PreTrainedModel) -> int | None:
+    """How many tokens a text tower has positions for; None: as many as there are."""
     longest = getattr(model.config, "max_position_embeddings", None)
     for path, module in model.named_modules():
         # RoBERTa and its kin count positions from padding_idx + 1, so their table is longer than their input

@@ -149,3 +149,24 @@ def test_towers_by_their_names_on_the_hub_without_a_network(hub, text_tower, ima
     assert named.keys() == local.keys() and all(torch.equal(named[name], local[name]) for name in named)
     with pytest.raises(UserError, match="Could not get the tower 'someone/else' from the hub"):
         compose(Composition(text="someone/else", image=str(image_tower), **what), [ITM()])
+
+
+@pytest.mark.parametrize("image", ["vit", "siglip", "swin", "resnet", "convnext"])
+def test_pictures_that_the_tower_cannot_take(image, folders):
+    size = SIZES.get(image, 32)
+    model, _ = compose(Composition(text=str(folders / "text/bert"), image=str(folders / "image" / image), layers=2,
+                                   width=24, heads=4, size=size, max_length=16), [ITM()])  # fmt: skip
+    for shape in ((1, 3, 4, 4), (1, 3, 48, 48), (1, 3, size, 50), (3, size, size), (1, 1, size, size)):
+        with pytest.raises(UserError, match=rf"reads pictures \(B, 3, {size}, {size}\), got .*: resize"):
+            model.half_image(torch.rand(shape))
+
+
+@pytest.mark.parametrize("text", TEXT_TOWERS)
+def test_a_text_longer_than_the_tower_s_positions(text, folders):
+    """RoBERTa's table is longer than its texts."""
+    model, _ = compose(Composition(text=str(folders / "text" / text), image="patches", patch=8, layers=2, width=24,
+                                   heads=4, size=32, max_length=16), [ITM()])  # fmt: skip
+    longest = TEXT_TOWERS[text][1]
+    assert model.half_text(torch.full((1, longest), 5)).states.shape == (1, longest, 24)
+    with pytest.raises(UserError, match=f"a text of {longest + 1} tokens, but the tower has {longest} positions"):
+        model.half_text(torch.full((1, longest + 1), 5))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from interlace import towers
 from interlace.embed.base import Embedder, embedder_from_dict
 from interlace.embed.regions import RegionEmbedder, Regions, seven
-from interlace.embed.stem import empty_tower
+from interlace.embed.stem import check_square, empty_tower
 from interlace.embed.words import WordEmbedding
 from interlace.errors import UserError
 
@@ -89,7 +89,7 @@ class GridTower(nn.Module):
         if not isinstance(inner, RegionEmbedder):
             raise UserError(f"{inner.name!r} reads no regions: give the embedder of a system that does.")
         self.regions = inner.build()
-        self.prefix, self.whole, self.grid = spec.prefix, spec.whole, spec.grid
+        self.prefix, self.whole, self.grid, self.size = spec.prefix, spec.whole, spec.grid, spec.size
         corners = grid_boxes(spec.rows, spec.columns)
         if spec.whole:
             corners = torch.cat([torch.tensor([[0.0, 0.0, 1.0, 1.0]]), corners])
@@ -99,6 +99,7 @@ class GridTower(nn.Module):
 
     def states(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S), normalised -> (B, I, C), row by row."""
+        check_square(pixels, self.size)
         cells = towers.grid_tokens(self.tower(pixel_values=pixels, **self.keywords).last_hidden_state, self.prefix)
         return towers.averaged(cells, self.grid) if self.grid else cells
 

@@ -63,6 +63,15 @@ def empty_tower(config: dict[str, Any]) -> PreTrainedModel:
     return towers.build_tower(AutoConfig.for_model(model_type, **config))
 
 
+def check_square(pixels: Tensor, size: int) -> None:
+    """Raises UserError unless these are pictures (B, 3, size, size), the size the tower's places were made for."""
+    if not isinstance(pixels, Tensor):
+        raise UserError(f"the model reads pictures, a tensor (B, 3, {size}, {size}), got {type(pixels).__name__}.")
+    if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
+        raise UserError(f"the image tower reads pictures (B, 3, {size}, {size}), got {tuple(pixels.shape)}: "
+                        "resize them to the size it was trained with, grey ones as three equal colours.")  # fmt: skip
+
+
 def _start_as_identity(linear: nn.Linear) -> None:
     # the tower's own geometry (a sentence encoder's distances) is worth more than a random rotation of it
     nn.init.eye_(linear.weight) if linear.in_features == linear.out_features else nn.init.orthogonal_(linear.weight)
@@ -73,6 +82,7 @@ class TextTower(nn.Module):
     def __init__(self, spec: TextStem):
         super().__init__()
         self.tower = empty_tower(spec.tower)
+        self.longest = towers.longest_text(self.tower)
         self.project = nn.Linear(self.tower.config.hidden_size, spec.width.size)
         self.positions = nn.Parameter(torch.zeros(1, spec.places, spec.width.size)) if spec.places else None
 
@@ -85,7 +95,7 @@ class TextTower(nn.Module):
         if states is not None:
             return self.placed(self.project(states))
         assert input_ids is not None
-        limit = getattr(self.tower.config, "max_position_embeddings", None)
+        limit = self.longest
         if limit is not None and input_ids.shape[1] > limit:
             raise UserError(f"a text of {input_ids.shape[1]} tokens, but the tower has {limit} positions: "
                             "lower the maximum length.")  # fmt: skip
@@ -106,7 +116,7 @@ class ImageTower(nn.Module):
         super().__init__()
         self.tower = empty_tower(spec.tower)
         self.keywords = towers.resize_positions(self.tower, spec.size)
-        self.prefix, self.grid = spec.prefix, spec.grid
+        self.prefix, self.grid, self.size = spec.prefix, spec.grid, spec.size
         self.project = nn.Linear(spec.channels, spec.width.size)
         # a CNN's cells do not know where they are
         self.positions = nn.Parameter(torch.zeros(1, spec.cells, spec.width.size))
@@ -121,6 +131,7 @@ class ImageTower(nn.Module):
     def states(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S), normalised -> (B, I, C): the grid's cells, row by row, as the tower says them; a class token is
         left out, since only the cells have places."""
+        check_square(pixels, self.size)
         cells = towers.grid_tokens(self.tower(pixel_values=pixels, **self.keywords).last_hidden_state, self.prefix)
         return towers.averaged(cells, self.grid) if self.grid else cells
 
