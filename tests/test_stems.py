@@ -162,7 +162,7 @@ def test_pictures_that_the_tower_cannot_take(image, folders):
 
 
 @pytest.mark.parametrize("text", TEXT_TOWERS)
-def test_a_text_longer_than_the_tower_s_positions(text, folders):
+def test_a_text_longer_than_the_tower_s_positions(text, folders, tmp_path):
     """RoBERTa's table is longer than its texts."""
     model, _ = compose(Composition(text=str(folders / "text" / text), image="patches", patch=8, layers=2, width=24,
                                    heads=4, size=32, max_length=16), [ITM()])  # fmt: skip
@@ -170,3 +170,10 @@ def test_a_text_longer_than_the_tower_s_positions(text, folders):
     assert model.half_text(torch.full((1, longest), 5)).states.shape == (1, longest, 24)
     with pytest.raises(UserError, match=f"a text of {longest + 1} tokens, but the tower has {longest} positions"):
         model.half_text(torch.full((1, longest + 1), 5))
+    tokenizer = towers.load_tokenizer(folders / "text" / text)
+    tokenizer.model_max_length = int(1e30)  # as where a tokenizer does not say
+    tokenizer.save_pretrained(tmp_path)
+    towers.load_tower(folders / "text" / text, "text").model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"max_length is {longest + 1}, but .* has positions for {longest} tokens"):
+        compose(Composition(text=str(tmp_path), image="patches", patch=8, layers=2, width=24, heads=4, size=32,
+                            max_length=longest + 1), [ITM()])  # fmt: skip
