@@ -11,7 +11,7 @@ from interlace.model import Half
 from interlace.objectives.mlm import word_logits
 from interlace.objectives.prefix_lm import read_and_write
 from interlace.prefix_generation import PrefixWriter
-from interlace.presets import lxmert, uniter, vilbert, vilt, visual_bert
+from interlace.presets import lxmert, mlim, uniter, vilbert, vilt, visual_bert
 from tests.boxes import ordered
 
 START, END, PAD = 1, 2, 0
@@ -106,12 +106,12 @@ def test_nothing_is_cached_wrongly_without_a_picture(writer):
     torch.testing.assert_close(cached.logits[-1], plain.logits[-1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("preset", [uniter, visual_bert, lxmert, vilbert, vilt], ids=lambda p: p.__name__[18:])
+@pytest.mark.parametrize("preset", [uniter, visual_bert, lxmert, vilbert, vilt, mlim], ids=lambda p: p.__name__[18:])
 def test_the_published_single_stacks_write(preset):
     model = build(preset.tiny())
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        if preset is vilt:
+        if preset in (vilt, mlim):
             image = model.half_image(torch.rand(2, 3, 32, 32, generator=draw))
         else:
             boxes = ordered(torch.rand(2, 4, model.config.image.boxes, generator=draw))
