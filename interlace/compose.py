@@ -89,7 +89,7 @@ def configure(what: Composition, objectives: list[Objective]) -> tuple[VLConfig,
                   attention_dropout=what.dropout)  # fmt: skip
     text = towers.load_tower(what.text, "text", what.text_layers)
     if (longest := text.extras.max_tokens) is not None and what.max_length > longest:
-        raise UserError(f"model.max_length is {what.max_length}, but {what.text} has positions for {longest} tokens.")
+        raise UserError(f"model.max_length is {what.max_length}, but {what.text} takes at most {longest} tokens.")
     words = TextStem(width, pool="mean", tower=text.model.config.to_dict(),
                      places=what.max_length if what.places else 0)  # fmt: skip
     image = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from interlace.errors import UserError
+from interlace.errors import UserError, first_line
 from interlace.towers import quiet
 
 SHOWN = 6  # names of one sort that an error lists before it counts the rest
@@ -25,9 +27,16 @@ class LoadedWhole:
         theirs = super().from_pretrained  # type: ignore[misc]
         if kwargs.get("output_loading_info") or kwargs.get("ignore_mismatched_sizes"):  # the caller looks for himself
             return theirs(pretrained_model_name_or_path, *args, **kwargs)
-        with quiet():
-            model, info = theirs(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True,
-                                 ignore_mismatched_sizes=True)  # fmt: skip
+        where = str(pretrained_model_name_or_path)
+        if Path(where).expanduser().is_absolute() and not Path(where).expanduser().is_dir():
+            raise UserError(f"no folder {where}: expected one that save_pretrained wrote.")
+        try:
+            with quiet():
+                model, info = theirs(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True,
+                                     ignore_mismatched_sizes=True)  # fmt: skip
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{where} cannot be loaded: {first_line(error)} Expected a config.json and its "
+                            "model.safetensors, whole.") from error  # fmt: skip
         check_loaded(str(pretrained_model_name_or_path), info, len(model.state_dict()), new_heads="config" in kwargs)
         return model
 

@@ -174,6 +174,6 @@ def test_a_text_longer_than_the_tower_s_positions(text, folders, tmp_path):
     tokenizer.model_max_length = int(1e30)  # as where a tokenizer does not say
     tokenizer.save_pretrained(tmp_path)
     towers.load_tower(folders / "text" / text, "text").model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"max_length is {longest + 1}, but .* has positions for {longest} tokens"):
+    with pytest.raises(UserError, match=f"max_length is {longest + 1}, but .* takes at most {longest} tokens"):
         compose(Composition(text=str(tmp_path), image="patches", patch=8, layers=2, width=24, heads=4, size=32,
                             max_length=longest + 1), [ITM()])  # fmt: skip

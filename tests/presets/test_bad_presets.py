@@ -243,6 +243,25 @@ def test_a_folder_of_another_model(folder, tmp_path):
         VLModel.from_pretrained(tmp_path / "bert")
 
 
+@pytest.mark.parametrize("name,content,words", [
+    ("model.safetensors", b"half a fi", "cannot be loaded: .*header"),
+    ("model.safetensors", None, "cannot be loaded: .*no file named model.safetensors"),
+    ("config.json", b"{", "cannot be loaded: .*not a valid JSON"),
+], ids=["damaged", "no weights", "config"])  # fmt: skip
+def test_a_folder_that_is_not_whole(folder, name, content, words):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        VLModel.from_pretrained(folder)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    for model in (VLModel, CaptionModel):
+        with pytest.raises(UserError, match=r"no folder .*gone"):
+            model.from_pretrained(tmp_path / "gone")
+
+
 def test_a_config_of_another_size(folder):
     words = replace(uniter.tiny().text, vocabulary=120)
     with pytest.raises(UserError, match=r"Of another shape \(1\): text\.words\.weight"):
