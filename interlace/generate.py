@@ -185,7 +185,7 @@ def search_beams(decoder: TextDecoder, input_ids: Tensor, logits_processor, stop
     """Beam search whose scores are totals divided by the whole length, prompt included, [SEP] excluded, and which looks
     at 2 * beams continuations a step: the rule of transformers 4.15, by which BLIP's captions were chosen. Newer
     versions divide by what was generated alone and choose other captions. For `generate(custom_generate=...)`, whose
-    cache and processors it uses. Ids (B * beams, P), row by row -> (B, L).
+    cache and processors it uses. Ids (B * beams, P), row by row -> (B * num_return_sequences, L), the best first.
     """
     beams, end, pad = generation_config.num_beams, decoder.config.eos_token_id, decoder.config.pad_token_id
     rows, cached = len(input_ids) // beams, bool(state.get("use_cache"))
@@ -226,14 +226,15 @@ def search_beams(decoder: TextDecoder, input_ids: Tensor, logits_processor, stop
             state["past_key_values"].self_attention_cache.reorder_cache(chosen)  # what is read is a row's, not a beam's
         if all(done) or bool(torch.as_tensor(stopping_criteria(input_ids, None)).all()):
             break
-    texts = []
+    texts, each = [], generation_config.num_return_sequences or 1
     for row in range(rows):
         if not done[row]:
             for beam in range(beams):
                 ended[row].add(input_ids[row * beams + beam], float(totals[row, beam]))
-        texts.append(sorted(ended[row].texts, key=lambda text: text[0])[-1][1])
+        best_last = sorted(ended[row].texts, key=lambda text: text[0])
+        texts += [text for _, text in best_last[::-1][:each]]
     longest = min(max(map(len, texts)) + 1, generation_config.max_length)
-    out = input_ids.new_full((rows, longest), pad)
+    out = input_ids.new_full((len(texts), longest), pad)
     for row, text in enumerate(texts):
         out[row, : len(text)] = text
         if len(text) < longest:

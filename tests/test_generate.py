@@ -59,6 +59,20 @@ def test_wide_beams_find_the_best_of_all_texts(decoder, read, penalty):
         assert tuple(found[row].tolist())[: len(expected)] == expected
 
 
+def test_several_of_the_beams_come_back_best_first(decoder, read):
+    options = {"max_length": 5, "min_length": 0, "length_penalty": 1.0}
+    one = generate.write(decoder, read, beams=6, **options)
+    several = generate.write(decoder, read, beams=6, num_return_sequences=4, **options).view(3, 4, -1)
+    assert torch.equal(several[:, 0, : one.shape[1]], one)
+    for row in range(3):
+        half, found = read.rows(torch.tensor([row])), [ids.tolist() for ids in several[row]]
+        assert len({tuple(ids) for ids in found}) == 4
+        # the total counts [SEP], the length does not
+        texts = [ids[: ids.index(END) + 1] if END in ids else ids for ids in found]
+        scores = [total(decoder, half, text) / (len(text) - (text[-1] == END)) for text in texts]
+        assert scores == sorted(scores, reverse=True)
+
+
 def test_a_prompt_counts_in_the_length(decoder, read):
     prompt = torch.tensor([START, 4, 5])
     ids = generate.write(decoder, read, prompt, max_length=6, min_length=6)

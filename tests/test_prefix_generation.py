@@ -157,7 +157,8 @@ def describe(pair, seen, prompts=PROMPTS, **options):
                              **{"min_length": 0, **options})  # fmt: skip
 
 
-@pytest.mark.parametrize("way", [{"beams": 1}, {"beams": 3}, DRAWN], ids=["greedy", "beams", "sampled"])
+@pytest.mark.parametrize("way", [{"beams": 1}, {"beams": 3}, {"beams": 4, "num_return_sequences": 2}, DRAWN],
+                         ids=["greedy", "beams", "two of four beams", "sampled"])  # fmt: skip
 def test_a_decoder_that_goes_on_from_a_prompt_writes_alike_with_and_without_memory(pair, seen, way):
     cached, plain = (describe(pair, seen, use_cache=kept, **way) for kept in (True, False))
     assert torch.equal(cached, plain) and len(cached) == 3 * way.get("num_return_sequences", 1)
