@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from bench.common import Row, alternating, clocked, faster, keep, load, machine, parser, peak_tensors, show
 from interlace import generate
+from interlace.captioner import Ids, caption_model
 from interlace.embed.regions import LXMERTRegions, Regions, VisualBERTRegions
 from interlace.embed.words import Words
 from interlace.layers import JOINT, Width
@@ -38,7 +39,6 @@ from interlace.objectives.itc import contrast
 from interlace.objectives.lm import written
 from interlace.objectives.mlm import word_logits
 from interlace.presets import blip, clip, lxmert, vilt, visual_bert
-from interlace.presets.vision_encoder_decoder import Ids, caption_model
 from interlace.weights import load_foreign
 
 COLUMNS = ["model", "task", "ours ms", "other ms", "faster", "range", "work", "ours MB", "other MB", "differs"]

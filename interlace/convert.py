@@ -316,8 +316,7 @@ def load(source: str | Path, name: str) -> Converted:
     line, make = preset(name)
     if line.module is vision_encoder_decoder:
         raise UserError("a vision encoder-decoder is transformers' own model and keeps its names, so there is nothing "
-                        "to convert: interlace.presets.vision_encoder_decoder.CaptionModel.from_pretrained reads its "
-                        "folder.")  # fmt: skip
+                        "to convert: interlace.captioner.CaptionModel.from_pretrained reads its folder.")
     plain = name.strip().lower().replace("-", "_")
     tensors, given = read(Path(source).expanduser())
     table, keys, prefix = best_table(plain, line, tensors)

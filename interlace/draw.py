@@ -321,7 +321,7 @@ def figure(config: Any, title: str, words: int = WORDS, cells: int = 0) -> Figur
 def captioner_figure(config: Any, title: str, words: int = WORDS) -> Figure:
     """Of a VisionEncoderDecoderConfig of transformers. Its layers are not ours to ask: the encoders it has attend to
     themselves, and CaptionModel refuses a decoder that does not read them."""
-    from interlace.presets.vision_encoder_decoder import CaptionModel
+    from interlace.captioner import CaptionModel
 
     with torch.device("meta"):
         model: Any = CaptionModel(config).eval()

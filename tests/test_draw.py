@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from interlace import draw
+from interlace.captioner import CaptionModel
 from interlace.cli import main
 from interlace.config import VLConfig
 from interlace.draw_svg import svg
@@ -21,7 +22,6 @@ from interlace.errors import UserError
 from interlace.layers import BOTH, CO, EACH, IMAGE, JOINT, NORM, READ, TEXT, Kind, Width, co
 from interlace.model import VLModel
 from interlace.presets import PRESETS, names, vilbert, vilt, vision_encoder_decoder, vl_bert
-from interlace.presets.vision_encoder_decoder import CaptionModel
 
 SELF = {"text": ("text",), "image": ("image",)}
 CROSS = {"text": ("image",), "image": ("text",)}

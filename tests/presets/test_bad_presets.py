@@ -12,12 +12,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
+from interlace.captioner import CaptionModel
 from interlace.convert import convert
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
 from interlace.model import VLModel
 from interlace.presets import uniter, vilbert
-from interlace.presets.vision_encoder_decoder import CaptionModel
 from interlace.weights import load_foreign, save_foreign
 
 REGIONS = [system for system in PAIRED.values() if system.regions]

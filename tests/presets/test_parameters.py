@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from interlace.captioner import CaptionModel
 from interlace.config import VLConfig
 from interlace.model import VLModel
 from interlace.presets import names, preset
-from interlace.presets.vision_encoder_decoder import CaptionModel
 
 
 def linear(inside, out):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import VisionEncoderDecoderConfig
 
+from interlace.captioner import CaptionModel
 from interlace.cli import main
 from interlace.embed.conv import Blocks
 from interlace.embed.patches import Patches
@@ -11,7 +12,6 @@ from interlace.embed.regions import RegionEmbedder
 from interlace.errors import UserError
 from interlace.model import VLModel
 from interlace.presets import PRESETS, names, objectives, preset
-from interlace.presets.vision_encoder_decoder import CaptionModel
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"vision_encoder_decoder"}))

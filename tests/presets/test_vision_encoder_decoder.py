@@ -32,8 +32,7 @@ from transformers import (
     ViTModel,
 )
 
-from interlace.errors import UserError
-from interlace.presets.vision_encoder_decoder import (
+from interlace.captioner import (
     CaptionModel,
     Ids,
     caption_labels,
@@ -44,6 +43,7 @@ from interlace.presets.vision_encoder_decoder import (
     load_decoder,
     longest_text,
 )
+from interlace.errors import UserError
 from interlace.towers import load_tower
 
 WORDS = ["a", "red", "blue", "round", "circle", "bar", "with", "two", "ends"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from interlace.captioner import CaptionModel
 from interlace.embed.base import Embedder
 from interlace.embed.regions import RegionEmbedder, Regions, seven
 from interlace.model import Half, VLModel
@@ -25,7 +26,7 @@ from interlace.objectives.momentum import Momentum, soft_contrast
 from interlace.objectives.reconstruct import pixel_losses
 from interlace.objectives.region_labels import feature_loss, label_loss
 from interlace.presets import PRESETS, objectives, vilt
-from interlace.presets.vision_encoder_decoder import CaptionModel, tiny
+from interlace.presets.vision_encoder_decoder import tiny
 
 CLS, SEP, MASK = 2, 3, 4  # of every tiny size
 Out = dict[str, tuple[Tensor, Tensor | None]]  # name -> states (B, L, D) and which are real (B, L), or (B, P) and None
