@@ -4,7 +4,8 @@ The text runs some layers alone, since a region's feature comes from a deep netw
 each stream reads the other and digests what it read, several times. Of the release
 (github.com/facebookresearch/vilbert-multi-task):
 - the regions' first layer of their own comes after the first co-attention, which reads their embeddings;
-- the pooled vectors are multiplied, and one linear says 0 = aligned, 1 = not: the other way round than elsewhere;
+- the pooled vectors are multiplied, and one linear says 0 = match, 1 = not, the other way round than elsewhere: its
+  weights stay as they are, and the head turns what they say round (`flipped`), so that 1 = match here too;
 - `biOutput.q_dense1` and `q_dense2`, 11M numbers at base size, take part in nothing: dropped;
 - a task token has neither position nor type; the words after it are counted as if it were not there.
 """
@@ -29,14 +30,17 @@ from interlace.weights import bert_layer
 
 
 class Product(nn.Module):
-    """The two pooled vectors multiplied, then one linear. `size`: of the pooled vectors; 0 means the image's."""
+    """The two pooled vectors multiplied, then one linear. `size`: of the pooled vectors; 0 means the image's.
+    `flipped`: the linear counts its classes from the other end."""
 
-    def __init__(self, text: int, image: int, labels: int, size: int = 0, dropout: float = 0.1):
+    def __init__(self, text: int, image: int, labels: int, size: int = 0, flipped: bool = False,
+                 dropout: float = 0.1):  # fmt: skip
         super().__init__()
-        self.dropout, self.out = nn.Dropout(dropout), nn.Linear(size or image, labels)
+        self.dropout, self.out, self.flipped = nn.Dropout(dropout), nn.Linear(size or image, labels), flipped
 
     def forward(self, text: Tensor, image: Tensor) -> Tensor:  # (B, P), (B, P) -> (B, labels)
-        return self.out(self.dropout(text * image))
+        said = self.out(self.dropout(text * image))
+        return said.flip(-1) if self.flipped else said
 
 
 class ProductAnswers(nn.Module):
@@ -74,7 +78,7 @@ def vilbert(text: Words | None = None, image: ViLBERTRegions | None = None, segm
         "heads": {
             "mlm": {"kind": "tied", "labels": text.vocabulary},
             "mrc": {"kind": "transformed", "labels": classes, "stream": "image"},
-            "aligned": {"kind": "product", "labels": 2, **pooled},  # 0 = aligned
+            "match": {"kind": "product", "labels": 2, "flipped": True, **pooled},
         },
         **changes,
     })  # fmt: skip
@@ -116,7 +120,7 @@ def small(parts: Parts) -> VLConfig:
 
 
 def full(parts: Parts) -> VLConfig:
-    """At the paper's size, with the parts' words and regions. Matching is learned as everywhere, 1 = match."""
+    """At the paper's size, with the parts' words and regions."""
     pooled = {"pool": "relu", "pool_size": 1024}
     labels = {"mlm": {"kind": "tied", "labels": parts.vocabulary},
               "match": {"kind": "product", "labels": 2, "size": 1024},
@@ -221,7 +225,7 @@ _ENDS = {
     "cls.imagePredictions.transform.dense": "heads.mrc.dense",
     "cls.imagePredictions.transform.LayerNorm": "heads.mrc.norm",
     "cls.imagePredictions.decoder": "heads.mrc.out",
-    "cls.bi_seq_relationship": "heads.aligned.out",
+    "cls.bi_seq_relationship": "heads.match.out",
     **_answers("vil_prediction", "answers"),
     **_answers("vil_prediction_gqa", "answers_gqa"),
     **_answers("vil_binary_prediction", "nlvr2"),

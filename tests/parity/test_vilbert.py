@@ -72,7 +72,7 @@ def test_heads(golden, model, inputs, real):
     out, heads = model(**inputs()), model.heads
     golden.close(heads["mlm"](out.text, model.text.words.weight), "mlm_logits", real[0])
     golden.close(heads["mrc"](None, out.image), "region_logits", real[1])
-    golden.close(heads["aligned"](out.pooled_text, out.pooled_image), "nsp_logits")
+    golden.close(heads["match"](out.pooled_text, out.pooled_image).flip(-1), "nsp_logits")  # there 0 = match
 
 
 def test_losses(golden, model, inputs):
@@ -84,8 +84,8 @@ def test_losses(golden, model, inputs):
     guessed = heads["mrc"](None, out.image[:, 1:])  # the whole picture is never hidden
     beliefs = belief_losses(guessed[hidden], i["image_target"][hidden]).sum(-1).mean()
     golden.close(beliefs[None], "masked_region_kl_loss")
-    aligned = F.cross_entropy(heads["aligned"](out.pooled_text, out.pooled_image), i["next_sentence_label"])
-    golden.close(aligned[None], "next_sentence_loss")
+    matched = F.cross_entropy(heads["match"](out.pooled_text, out.pooled_image), 1 - i["next_sentence_label"])
+    golden.close(matched[None], "next_sentence_loss")
 
 
 def test_loss_of_a_model_that_guesses_features(golden, inputs):
@@ -148,8 +148,9 @@ def test_heads_of_tasks(golden, twelve, asked):
     golden.close(heads["answers_gqa"](*pooled), "tasks_vil_prediction_gqa")
     golden.close(heads["rank"](*pooled), "tasks_vil_logit")
     golden.close(heads["entail"](*pooled), "tasks_vil_tri_prediction")
-    stand_in = "aligned" if len(i["input_ids"]) % 2 else "nlvr2"  # an odd batch has no pairs of pictures
-    golden.close(heads[stand_in](*pooled), "tasks_vil_binary_prediction")
+    odd = len(i["input_ids"]) % 2  # no pairs of pictures: the release then says whether they match
+    binary = heads["match"](*pooled).flip(-1) if odd else heads["nlvr2"](*pooled)
+    golden.close(binary, "tasks_vil_binary_prediction")
     golden.close(heads["mrc"](None, out.image), "tasks_vision_prediction", i["image_mask"])
     golden.close(heads["refer"](None, out.image), "tasks_vision_logit", i["image_mask"])
     golden.close(heads["mlm"](out.text, twelve.text.words.weight), "tasks_linguisic_prediction", i["attention_mask"])

@@ -14,7 +14,7 @@ from interlace.data.processor import Augment, Processor
 from interlace.data.sources import open_source
 from interlace.embed.regions import RegionEmbedder
 from interlace.learner import Learner
-from interlace.presets import PRESETS, vilbert
+from interlace.presets import PRESETS
 from interlace.regions import open_regions
 from interlace.settings import Settings
 from interlace.train import build_passes
@@ -52,16 +52,12 @@ def regions(source, tmp_path_factory):
 
 
 def tiny(name, tokenizer, answers):
-    """The tiny size over these words: CLIP's texts end where the tokenizer ends them, ViLBERT's matching is learned in
-    the head `match` as at its other sizes, LXMERT has the table's answers."""
+    """The tiny size over these words: CLIP's texts end where the tokenizer ends them, LXMERT has its answers."""
     config = PRESETS[name].module.tiny()
     if name == "clip":
         config.text = replace(config.text, eos=tokenizer.sep_token_id)
     if name == "lxmert":
         config.heads["answers"]["labels"] = answers
-    if name == "vilbert":
-        heads = {"match" if head == "aligned" else head: options for head, options in config.heads.items()}
-        config = vilbert.tiny(heads=heads)
     return config
 
 

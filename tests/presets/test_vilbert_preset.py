@@ -76,8 +76,8 @@ def test_save_and_load_change_nothing(twelve, tmp_path):
     assert again.config.segments == model.config.segments and again.config.text == model.config.text
     with torch.no_grad():
         a, b = model(ids, regions), again(ids, regions)
-        expected = model.heads["aligned"](a.pooled_text, a.pooled_image)
-        torch.testing.assert_close(again.heads["aligned"](b.pooled_text, b.pooled_image), expected)
+        expected = model.heads["match"](a.pooled_text, a.pooled_image)
+        torch.testing.assert_close(again.heads["match"](b.pooled_text, b.pooled_image), expected)
 
 
 def test_a_task_moves_no_word_and_changes_what_is_said(twelve):

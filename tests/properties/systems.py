@@ -257,12 +257,7 @@ class Losses:
     # ------------------------------------------------------------------------------------------------------ pairs
 
     def itm(self) -> Tensor:
-        if "aligned" in self.model.config.heads:  # as ViLBERT's release has it
-            return self.aligned()
         return F.cross_entropy(self.head("match", self.out.pooled_text, self.out.pooled_image), self.matched)
-
-    def aligned(self) -> Tensor:  # 0 = aligned
-        return F.cross_entropy(self.head("aligned", self.out.pooled_text, self.out.pooled_image), 1 - self.matched)
 
     def answers(self) -> Tensor:
         return F.cross_entropy(self.head("answers", self.out.pooled_text), self.answer)
