@@ -64,8 +64,8 @@ def pretrained(kind: str, folder: Path, data: Path, seed: int, steps: int, more:
     if kind == "blip":
         given.append("objectives={lm: {}}")  # passes take their place below
     settings = load_settings(None, [*given, *more])
-    if kind == "blip":  # captions drawn: by hard ones of a thousand rows, a third of them wrong, it learnt nothing
-        settings.objectives, settings.passes = {}, [{"itc": {}, "itm": {"negatives": "drawn"}, "lm": {}}]
+    if kind == "blip":
+        settings.objectives, settings.passes = {}, [{"itc": {}, "itm": {"negatives": "hard"}, "lm": {}}]
     return train(settings)
 
 
