@@ -432,15 +432,18 @@ def finish(out: Path, settings: Settings, learner: Learner, processor: Processor
     run = Run(out, learner, processor, answers, 1.0, {"fingerprint": "", **facts})
     if stored is not None:
         run.use_regions(stored)
-    if answers and len(source.question_indices("val")):
-        run.temperature = fit_temperature(run, source)
-    if run.can_match and len(source.indices("val")):
-        run.facts["match_fit"] = facts["match_fit"] = fit_match(run, source)
-    if run.can_match and run.dim and len(source.indices("val")) > 1:
-        run.facts["match_weight"] = facts["match_weight"] = fit_match_weight(run, source)
-    if settings.train.evaluate:
-        metrics = evaluate(run, source, "val")
-        write_json(out / "metrics.json", metrics)
+    try:
+        if answers and len(source.question_indices("val")):
+            run.temperature = fit_temperature(run, source)
+        if run.can_match and len(source.indices("val")):
+            run.facts["match_fit"] = facts["match_fit"] = fit_match(run, source)
+        if run.can_match and run.dim and len(source.indices("val")) > 1:
+            run.facts["match_weight"] = facts["match_weight"] = fit_match_weight(run, source)
+        if settings.train.evaluate:
+            metrics = evaluate(run, source, "val")
+            write_json(out / "metrics.json", metrics)
+    except UserError as error:  # nothing of the validation split can be read; what was learnt is kept all the same
+        print(f"not scored: {error}")
     (out / "README.md").write_text(model_card(out, settings, learner, facts))
     save_run(out, learner, processor, answers, run.temperature, **facts)
     if not settings.train.keep_checkpoints:

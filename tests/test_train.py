@@ -173,3 +173,18 @@ def test_settings_that_cannot_work_are_explained_before_training(change, words, 
     with pytest.raises(UserError, match=words):
         train(settings)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_run_whose_validation_pictures_are_all_broken_is_finished_and_says_that_it_is_not_scored(
+        text_tower, tmp_path, capsys):  # fmt: skip
+    from interlace.train import train
+    from tests.conftest import write_shapes
+
+    table = write_shapes(tmp_path / "table")
+    for file in (table / "pictures").glob("*-1.png"):  # the validation split
+        file.write_bytes(b"no picture")
+    run = Run.load(train(toy_settings(table, text_tower, tmp_path / "run", steps=2)))
+    said = capsys.readouterr().out
+    assert "not scored: " in said and "'val' split" in said and "interlace data check" in said
+    assert run.match_fit == (1.0, 0.0) and not (tmp_path / "run" / "metrics.json").exists()
+    assert run.encode_texts(["a red square"]).shape == (1, run.dim)
