@@ -443,6 +443,7 @@ def test_article_numbers_stay_text_and_repeated_ids_are_renamed(tmp_path):
     ("header", "columns", "message"),
     [
         (("imgae", "caption"), None, r"no column for image.*it has 'imgae', 'caption'.*'image'"),
+        (("image", "caption"), {"image": "foto"}, r"a\.csv: no column 'foto' for image; it has 'image', 'caption'"),
         (("image", "caption"), {"caption": "captoin"}, r"no column 'captoin' for caption.*Did you mean 'caption'"),
         (("image", "caption"), {"captoin": "caption"}, r"No role 'captoin'.*Did you mean 'caption'"),
         (("image", "image"), None, "more than once"),

@@ -132,7 +132,7 @@ def _is_vqa2(path: Path) -> bool:
 
 
 def _asked(raw: Raw, wanted: dict[str, str] | None) -> Raw:
-    return as_questions(raw, wanted) if is_question_table(raw.columns, wanted) else raw
+    return as_questions(raw, wanted) if is_question_table(raw, wanted) else raw
 
 
 def read_folder(path: Path, wanted: dict[str, str] | None, pictures: Path | None) -> Raw:

@@ -19,8 +19,8 @@ from interlace.errors import UserError
 SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 
 
-def is_question_table(columns: list[str], wanted: dict[str, str] | None) -> bool:
-    roles = resolve(columns, wanted, "", (), QUESTION_ALIASES)
+def is_question_table(raw: Raw, wanted: dict[str, str] | None) -> bool:
+    roles = resolve(raw.columns, wanted, raw.where, (), QUESTION_ALIASES)
     return "question" in roles and "image" in roles
 
 
