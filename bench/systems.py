@@ -10,7 +10,8 @@ all sources.
 
 hidden words   40% hidden, share guessed right beside the own picture / another row's / a white one; and how much more
                they cost (cross-entropy) beside another's than beside the own
-match          balanced accuracy of "does this text belong here" over each row's own text and one of another group
+match          balanced accuracy of "does this text belong here" over each row's own text and one of another group; by
+               head and cosine together, and by the head alone
 R@1            text to image and image to text, by vectors and re-ranked by matching; times chance beside it
 probes         loss of hidden words beside the own, another, a white picture; of hidden pictures beside the own,
                another, no text (MLIM)
@@ -50,8 +51,8 @@ WRITES = {"blip": ("finetune-captions", "finetune-answers"), "vision_encoder_dec
 ONLY_WRITES = ("vision_encoder_decoder",)
 KINDS = {"finetune": "retrieval and answers", "finetune-captions": "captions", "finetune-answers": "written answers"}
 HEADLINES = ("text to image R@1", "image to text R@1", "text to image R@1 re-ranked top 20",
-             "image to text R@1 re-ranked top 20", "match or not, balanced accuracy", "answers, accuracy",
-             "captions, CIDEr", "written answers, accuracy")  # fmt: skip
+             "image to text R@1 re-ranked top 20", "match or not, balanced accuracy",
+             "match or not, by the match head alone", "answers, accuracy", "captions, CIDEr", "written answers, accuracy")  # fmt: skip
 
 
 def recipes_of(system: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from interlace.data.rows import Pair, Source
@@ -64,7 +65,10 @@ def evaluate(run: Run, source: Source, split: str = "test", limit: int = 10_000,
             result["retrieval" if run.dim else "matching"] = (retrieval if run.dim else matching)(
                 run, held, captioned, blind)  # fmt: skip
             if run.can_match and held.halves is not None:
-                result["match"] = match_accuracy(run, held, captioned, blind)
+                verdicts = match_accuracy(run, held, captioned, blind)
+                result["match"] = verdicts["all"]
+                if "head" in verdicts:
+                    result["match_head"] = verdicts["head"]
         if run.dim:
             result["image_to_image"] = by_category(held.images, held.pairs, source, held.rows, blind)
     if run.can_match and asked_what_stands_where(source, split):
@@ -137,34 +141,43 @@ def matching(run: Run, held: Held, rows: np.ndarray, blind: bool) -> dict[str, A
     return two_way(logits, groups, logits[:, shuffled(groups)] if blind else None, held.rows[rows])
 
 
-def match_accuracy(run: Run, held: Held, rows: np.ndarray, blind: bool) -> Score:
+def match_accuracy(run: Run, held: Held, rows: np.ndarray, blind: bool) -> dict[str, Score]:
     """Does the text belong to the picture: each row's own text, and one of another group drawn at random; both count
-    half, so that always saying no gives a half. Blind: both beside a picture of a third row."""
+    half, so that always saying no gives a half. Blind: both beside a picture of a third row. {"all": by what the run
+    says, "head": by its match head alone, where the cosine has a say too}."""
     groups = [held.groups[r] for r in rows]
     own = np.arange(len(rows))
     other, third = shuffled(groups), shuffled(groups, seed=1)
-    values = said_right(run, held, rows, own, other, own)
-    dark = said_right(run, held, rows, own, other, third) if blind else None
-    return scored(values, groups, 0.5, None if dark is None else float(dark.mean()), held.rows[rows])
+    light, dark = ([match_signs(run, held, rows, text, beside) for text in (own, other)]
+                   for beside in (own, third))  # fmt: skip
+    fits: dict[str, tuple[float, ...]] = {"all": run.match_fit}
+    if run.match_fit[2]:
+        fits["head"] = (*run.match_head_fit, 0.0)
+    out = {}
+    for name, fit in fits.items():
+        values, by_chance = (np.mean([odds(signs[0], fit) > 0, odds(signs[1], fit) <= 0], axis=0)  # 0.5: one of the two
+                             for signs in (light, dark))  # fmt: skip
+        out[name] = scored(values, groups, 0.5, float(by_chance.mean()) if blind else None, held.rows[rows])
+    return out
 
 
-def said_right(run: Run, held: Held, rows: np.ndarray, true: np.ndarray, wrong: np.ndarray,
-               beside: np.ndarray) -> np.ndarray:  # fmt: skip
-    """Numbers (N,) of the `rows` whose text is the true one, whose the wrong one, whose picture stands beside both ->
-    (N,): 1 where both were told right, 0.5 where one was."""
-    right = match_beside(run, held, rows, true, beside) > 0, match_beside(run, held, rows, wrong, beside) <= 0
-    return np.mean(right, axis=0)
+def odds(signs: np.ndarray, fit: tuple[float, ...]) -> np.ndarray:
+    """Signs (N, 2) -> log odds (N,)."""
+    scale, offset, weight = fit
+    return scale * signs[:, 0] + offset + weight * signs[:, 1]
 
 
 @torch.inference_mode()
-def match_beside(run: Run, held: Held, rows: np.ndarray, text: np.ndarray, beside: np.ndarray) -> np.ndarray:
-    """Numbers (N,) of the `rows` whose text and whose picture -> (N,) match logits."""
+def match_signs(run: Run, held: Held, rows: np.ndarray, text: np.ndarray, beside: np.ndarray) -> np.ndarray:
+    """Numbers (N,) of the `rows` whose text and whose picture -> (N, 2): the match head's logit, and the cosine of the
+    vectors, 0 without a contrast head."""
     parts = []
     for places in chunks(range(len(text)), 64):
         words = run._words([held.pairs[rows[text[n]]].caption for n in places])
         half = held.halves.rows(torch.from_numpy(rows[beside[places]]))  # type: ignore[union-attr]
-        parts.append(run.match_logits(run.model.fuse(run.model.half_text(*words), half)).cpu().numpy())
-    return np.concatenate(parts)
+        parts.append(run.head_logits(run.model.half_text(*words), half).cpu().numpy())
+    cosine = (held.texts[rows[text]] * held.images[rows[beside]]).sum(-1)  # of (N, 0): zeros
+    return np.stack([np.concatenate(parts), cosine], axis=1).astype(np.float64)
 
 
 def best(scores: np.ndarray) -> np.ndarray:
@@ -185,8 +198,9 @@ def match_logits(run: Run, held: Held, rows: np.ndarray, wanted: np.ndarray) -> 
     for t in tqdm(range(n), desc="re-ranking", unit="query", leave=False, disable=None if n > 200 else True):
         columns = np.flatnonzero(wanted[t])
         half = model.half_text(*run._words([texts[t]])).rows(torch.zeros(len(columns), dtype=torch.long))
-        fused = model.fuse(half, held.halves.rows(torch.from_numpy(rows[columns])))  # type: ignore[union-attr]
-        out[t, columns] = run.match_logits(fused).cpu().numpy()
+        image = held.halves.rows(torch.from_numpy(rows[columns]))  # type: ignore[union-attr]
+        cosine = torch.from_numpy(held.images[rows[columns]] @ held.texts[rows[t]])  # of (N, 0) and (0,): zeros
+        out[t, columns] = run.match_logits(half, image, cosine).cpu().numpy()
     return out
 
 
@@ -258,39 +272,63 @@ def by_category(images: np.ndarray, pairs: list[Pair], source: Source, rows: np.
 # --------------------------------------------------------------------------------------------------------- temperature
 
 
-def fit_match(run: Run, source: Source) -> tuple[float, float]:
-    """Scale and offset that make validation verdicts honest: Platt scaling (Guo et al. 2017, arXiv:1706.04599, section
-    4.1), own and wrong pairs counting half each. What was learnt by heart is known for sure: a head that saw every
-    training pair a dozen times finds new ones too strange, and says "no match" too often."""
+def fit_match(run: Run, source: Source) -> dict[str, tuple[float, ...]]:
+    """What makes validation verdicts honest: {"match_fit": scale and offset of the match head's logit and weight of the
+    cosine, "match_head_fit": scale and offset of the head alone}; {} where there is too little to fit them on.
+
+    Platt scaling (Guo et al. 2017, arXiv:1706.04599, section 4.1), own and wrong pairs counting half each: what was
+    learnt by heart is known for sure, and a head that saw every training pair a dozen times finds new ones too strange
+    and says "no match" too often. The cosine is a second witness, as where BLIP ranks by the sum of the two
+    (arXiv:2201.12086, section 5.1): pairs that one of them takes wrong the other often knows. A witness whose words
+    have nothing to do with what is there weighs nothing, as one that says the same of all pairs."""
     held = hold(run, source, "val", FITTED)
     rows = np.array([n for n, p in enumerate(held.pairs) if p.caption.strip()], dtype=np.int64)
     groups = [held.groups[r] for r in rows]
     if held.halves is None or len(set(groups)) < FEWEST_FITTED:
-        return run.match_fit
+        return {}
     own = np.arange(len(rows))
-    wrong = [match_beside(run, held, rows, shuffled(groups, seed), own) for seed in range(1, 1 + WRONG)]
-    x = torch.from_numpy(np.concatenate([match_beside(run, held, rows, own, own), *wrong])).double()
-    y = (torch.arange(len(x)) < len(own)).double()
-    weight = torch.where(y > 0, 1.0, 1 / WRONG).double()
-    spread = x.std()  # so that one step fits all heads, soft and loud
-    if spread < 1e-6:  # it says the same of all
-        return run.match_fit
-    line = torch.tensor([float(spread), 0.0], dtype=torch.double, requires_grad=True)
+    wrong = [match_signs(run, held, rows, shuffled(groups, seed), own) for seed in range(1, 1 + WRONG)]
+    signs = torch.from_numpy(np.concatenate([match_signs(run, held, rows, own, own), *wrong]))
+    true = torch.arange(len(signs)) < len(own)
+    scale, _, offset = platt(signs * torch.tensor([1.0, 0.0]), true)
+    head = (scale, offset) if scale else (1.0, 0.0)
+    scale, weight, offset = platt(signs, true)
+    both = (scale, offset, weight) if scale or weight else (1.0, 0.0, 0.0)
+    return {"match_fit": both, "match_head_fit": head}
+
+
+def platt(signs: torch.Tensor, true: torch.Tensor) -> tuple[float, ...]:
+    """Signs (N, F) and whether the pairs belong together (N,) -> a weight for each sign, and the offset; 0 for a sign
+    that says the same of all, or that speaks for the contrary."""
+    weights, offset = torch.zeros(signs.shape[1], dtype=torch.double), 0.0
+    spread = signs.std(0)  # so that one step fits all heads, soft and loud
+    some = spread > 1e-6
+    while some.any():
+        line, offset = logistic(signs[:, some] / spread[some], true)
+        weights.zero_()
+        weights[some] = line / spread[some]
+        if (weights[some] > 0).all():
+            return (*(float(f"{w:.6g}") for w in weights), round(offset, 4))
+        some = weights > 0
+    return (*weights.zero_().tolist(), 0.0)
+
+
+def logistic(x: torch.Tensor, true: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(N, F), (N,) bool -> (F,) and the offset of a logistic regression in which both classes count half."""
+    target, weight = true.double(), torch.where(true, 1.0, true.sum() / (~true).sum()).double()
+    line = torch.ones(x.shape[1] + 1, dtype=torch.double, requires_grad=True)
     fitting = torch.optim.LBFGS([line], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         fitting.zero_grad()
-        out = torch.nn.functional.binary_cross_entropy_with_logits(line[0] * x / spread + line[1], y, weight)
-        out = out + 1e-4 * line[0] ** 2  # where all pairs are told apart, no scale is too large
+        out = F.binary_cross_entropy_with_logits(x @ line[:-1] + line[-1], target, weight)
+        out = out + 1e-4 * (line[:-1] ** 2).sum()  # where all pairs are told apart, no scale is too large
         out.backward()
         return out
 
     fitting.step(loss)
-    scale, offset = float(line[0].detach() / spread), float(line[1].detach())
-    if not scale > 0:  # what it says has nothing to do with what is there: nothing to be set right
-        return run.match_fit
-    before, after = run.match_fit
-    return round(scale * before, 4), round(scale * after + offset, 4)
+    found = line.detach()
+    return found[:-1], float(found[-1])
 
 
 def fit_temperature(run: Run, source: Source) -> float:
@@ -322,6 +360,8 @@ def rows_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
             out += [(f"{name} R@{k}{title}", part[key][f"R@{k}"]) for k in KS if key in part]
     if "match" in metrics:
         out.append(("match or not, balanced accuracy", metrics["match"]))
+    if "match_head" in metrics:
+        out.append(("match or not, by the match head alone", metrics["match_head"]))
     out += [(f"image to image mAP by {name}", v["mAP"]) for name, v in metrics.get("image_to_image", {}).items()]
     for key, name in (("vqa", "answers"), ("vqa_written", "written answers")):
         if part := metrics.get(key):

@@ -23,7 +23,7 @@ from interlace.data.processor import PROCESSOR_FILE, Processor
 from interlace.data.rows import Picture
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
-from interlace.model import Half, VLModel, VLOutput
+from interlace.model import Half, VLModel
 from interlace.regions.arrays import RegionArrays
 from interlace.regions.base import RegionSource, Shown
 from interlace.regions.base import fingerprint as extractor_print
@@ -149,10 +149,17 @@ class Run:
         return float(self.facts.get("match_weight", 0.0))
 
     @property
-    def match_fit(self) -> tuple[float, float]:
-        """Scale and offset that make the match head's logit honest on the validation split; 1 and 0 where there was no
-        such split."""
-        scale, offset = self.facts.get("match_fit", (1.0, 0.0))
+    def match_fit(self) -> tuple[float, float, float]:
+        """Scale and offset of the match head's logit and weight of the cosine, which together make verdicts honest on
+        the validation split: see `evaluate.fit_match`. 1, 0 and 0 where there was no such split; without a contrast
+        head, the head's own."""
+        scale, offset, cosine = (*self.facts.get("match_fit", (1.0, 0.0)), 0.0)[:3]
+        return (float(scale), float(offset), float(cosine)) if self.dim else (*self.match_head_fit, 0.0)
+
+    @property
+    def match_head_fit(self) -> tuple[float, float]:
+        """Scale and offset of the match head's logit where it judges alone."""
+        scale, offset = self.facts.get("match_head_fit") or self.facts.get("match_fit", (1.0, 0.0))[:2]
         return float(scale), float(offset)
 
     @property
@@ -233,18 +240,30 @@ class Run:
         if not self.can_match:
             raise UserError(f"the run in {self.folder} has no match head: train it with the itm objective.")
         half, out = self.model.half_text(*self._words([text])), []
+        vector = self.model.alone(half, "text") if self.dim else None  # (1, D)
         for chunk in chunks(pictures, batch):
             image = self.half_image(chunk)
-            fused = self.model.fuse(half.rows(torch.zeros(len(chunk), dtype=torch.long)), image)
-            out.append(self.match_logits(fused).sigmoid().cpu().numpy())
+            cosine = None if vector is None else (vector * self.model.alone(image, "image")).sum(-1)
+            logits = self.match_logits(half.rows(torch.zeros(len(chunk), dtype=torch.long)), image, cosine)
+            out.append(logits.sigmoid().cpu().numpy())
         return np.concatenate(out) if out else np.zeros(0, np.float32)
 
-    def match_logits(self, fused: VLOutput) -> Tensor:
-        """What the model says of N pairs -> (N,) log odds that text and picture belong together, where one in two
-        does."""
+    def match_logits(self, text: Half, image: Half, cosine: Tensor | None = None) -> Tensor:
+        """N texts and N pictures -> (N,) log odds that they belong together, where one in two does. `cosine` (N,) of
+        their vectors, where it is known already; else it is found here, if it weighs anything."""
+        scale, offset, weight = self.match_fit
+        odds = scale * self.head_logits(text, image) + offset
+        if not weight:
+            return odds
+        if cosine is None:
+            cosine = (self.model.alone(text, "text") * self.model.alone(image, "image")).sum(-1)
+        return odds + weight * cosine.to(odds)
+
+    def head_logits(self, text: Half, image: Half) -> Tensor:
+        """What the match head says of N pairs, as it was trained: (N,) logit of "match" above that of "no match"."""
+        fused = self.model.fuse(text, image)
         logits = self.model.heads["match"](fused.pooled_text, fused.pooled_image).float()
-        scale, offset = self.match_fit
-        return scale * (logits[:, 1] - logits[:, 0]) + offset
+        return logits[:, 1] - logits[:, 0]
 
     def _needs_answers(self) -> None:
         if self.can_answer:

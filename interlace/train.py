@@ -436,7 +436,9 @@ def finish(out: Path, settings: Settings, learner: Learner, processor: Processor
         if answers and len(source.question_indices("val")):
             run.temperature = fit_temperature(run, source)
         if run.can_match and len(source.indices("val")):
-            run.facts["match_fit"] = facts["match_fit"] = fit_match(run, source)
+            fitted = fit_match(run, source)
+            facts |= fitted
+            run.facts |= fitted
         if run.can_match and run.dim and len(source.indices("val")) > 1:
             run.facts["match_weight"] = facts["match_weight"] = fit_match_weight(run, source)
         if settings.train.evaluate:

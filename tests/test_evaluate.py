@@ -19,9 +19,11 @@ from interlace.evaluate import (
     evaluate,
     fit_match,
     markdown,
-    match_beside,
     match_logits,
+    match_signs,
     notes,
+    odds,
+    platt,
     reranked,
     rows_of,
     two_way,
@@ -127,45 +129,99 @@ def said(run: Run, **facts) -> Run:
     return Run(run.folder, run.model, run.processor, run.answers, run.temperature, run.facts | facts)
 
 
+RAW = {"match_fit": (1.0, 0.0), "match_head_fit": (1.0, 0.0)}
+
+
+def headed(run: Run, change) -> Run:
+    """The run with another match head, and nothing fitted."""
+    model = copy.deepcopy(run.model)
+    with torch.no_grad():
+        change(model.heads["match"].out)
+    return said(Run(run.folder, model, run.processor, [], 1.0, run.facts), **RAW)
+
+
 def test_a_match_head_that_is_too_sure_and_says_no_too_often_is_set_right_on_validation(tiny_run, source):
-    raw = said(tiny_run, match_fit=(1.0, 0.0))
-    plain, held = fit_match(raw, source), hold(raw, source, "val")
+    raw = without(said(tiny_run, **RAW), "contrast")
+    plain, held = fit_match(raw, source)["match_fit"], hold(raw, source, "val")
     own = np.arange(len(held.pairs))
-    middle = float(np.median(match_beside(raw, held, own, own, own)))
-    model = copy.deepcopy(tiny_run.model)
-    with torch.no_grad():  # logit' = 3 * (logit - middle): half of the own pairs are told wrong
-        out = model.heads["match"].out
+    middle = float(np.median(match_signs(raw, held, own, own, own)[:, 0]))
+
+    def change(out):  # logit' = 3 * (logit - middle): half of the own pairs are told wrong
         out.weight.mul_(3)
         out.bias.copy_(3 * (out.bias + torch.tensor([middle, -middle]) / 2))
-    sure = said(Run(tiny_run.folder, model, tiny_run.processor, [], 1.0, tiny_run.facts), match_fit=(1.0, 0.0))
-    scale, offset = fit_match(sure, source)
-    assert scale == pytest.approx(plain[0] / 3, rel=0.1)
+
+    sure = headed(raw, change)
+    scale, offset, cosine = fit_match(sure, source)["match_fit"]
+    assert scale == pytest.approx(plain[0] / 3, rel=0.1) and cosine == 0
     assert offset == pytest.approx(plain[1] + plain[0] * middle, rel=0.1)
 
     def right(run: Run) -> float:
         return evaluate(run, source, "test", blind=False)["match"]["value"]
 
-    assert right(sure) < right(said(sure, match_fit=(scale, offset)))
+    assert right(sure) < right(said(sure, **fit_match(sure, source)))
 
 
 def test_what_is_fitted_is_what_the_run_says_and_survives_the_folder(tiny_run, source):
-    assert tiny_run.facts["match_fit"] != [1.0, 0.0]  # of a finished training, loaded from its folder
-    again = tuple(tiny_run.match_fit)
-    assert fit_match(said(tiny_run, match_fit=(1.0, 0.0)), source) == again
+    assert tiny_run.facts["match_fit"] != [1.0, 0.0, 0.0]  # of a finished training, loaded from its folder
+    scale, offset, weight = tiny_run.match_fit
+    assert fit_match(said(tiny_run, **RAW), source)["match_fit"] == (scale, offset, weight) and weight > 0
     pictures = [open_picture(source.picture(row)) for row in source.indices("test")[:3]]
-    plain = said(tiny_run, match_fit=(1.0, 0.0)).match("a red square", pictures)
-    odds = again[0] * np.log(plain / (1 - plain)) + again[1]
+    plain = said(tiny_run, **RAW).match("a red square", pictures)
+    cosine = tiny_run.encode_pictures(pictures) @ tiny_run.encode_texts(["a red square"])[0]
+    odds = scale * np.log(plain / (1 - plain)) + offset + weight * cosine
     assert tiny_run.match("a red square", pictures) == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-4)
 
 
-def test_nothing_is_fitted_where_the_match_head_says_the_same_of_all(tiny_run, source):
-    model = copy.deepcopy(tiny_run.model)
-    torch.nn.init.zeros_(model.heads["match"].out.weight)
-    run = said(Run(tiny_run.folder, model, tiny_run.processor, [], 1.0, tiny_run.facts), match_fit=(1.0, 0.0))
-    held = hold(run, source, "val")
+def test_every_way_to_a_verdict_says_the_same(tiny_run, source):
+    held = hold(tiny_run, source, "test")
+    rows = np.arange(len(held.pairs))[:6]
+    every = match_logits(tiny_run, held, rows, np.ones((6, 6), bool))
+    for text in range(6):
+        signs = match_signs(tiny_run, held, rows, np.full(6, text), np.arange(6))
+        assert odds(signs, tiny_run.match_fit) == pytest.approx(every[text], abs=1e-3)
+    pictures = [tiny_run.see(held.pairs[r].id, held.pairs[r].picture) for r in rows]
+    told = tiny_run.match(held.pairs[rows[2]].caption, pictures)
+    assert np.log(told / (1 - told)) == pytest.approx(every[2], abs=1e-2)
+    half, words = tiny_run.half_image(pictures), tiny_run._words([held.pairs[r].caption for r in rows])
+    with torch.no_grad():
+        computed = tiny_run.match_logits(tiny_run.model.half_text(*words), half).numpy()  # the cosine was not given
+    assert computed == pytest.approx(np.diag(every), abs=1e-3)
+
+
+def test_a_witness_that_says_the_same_of_all_or_the_contrary_weighs_nothing(tiny_run, source):
+    silent = headed(tiny_run, lambda out: torch.nn.init.zeros_(out.weight))
+    held = hold(silent, source, "val")
     rows = np.arange(len(held.pairs))
-    assert np.ptp(match_beside(run, held, rows, rows, rows)) == 0
-    assert fit_match(run, source) == (1.0, 0.0)
+    assert np.ptp(match_signs(silent, held, rows, rows, rows)[:, 0]) == 0
+    assert fit_match(silent, source)["match_head_fit"] == (1.0, 0.0)
+    scale, _, weight = fit_match(silent, source)["match_fit"]
+    assert scale == 0 and weight > 0
+    assert fit_match(without(silent, "contrast"), source)["match_fit"] == (1.0, 0.0, 0.0)
+    turned = headed(tiny_run, lambda out: out.weight.neg_())
+    scale, _, weight = fit_match(turned, source)["match_fit"]
+    assert scale == 0 and weight > 0
+
+
+def test_two_witnesses_judge_better_than_either():
+    rng = np.random.default_rng(0)
+    true = torch.arange(4000) < 1000
+    signs = torch.from_numpy(rng.normal(size=(4000, 2)) * [40, 0.1]) + true[:, None] * torch.tensor([40, 0.1])
+
+    def right(signs) -> float:
+        *weights, offset = platt(signs, true)
+        yes = signs @ torch.tensor(weights, dtype=torch.double) + offset > 0
+        return float((yes[true].double().mean() + (~yes[~true]).double().mean()) / 2)
+
+    one, other = (signs * torch.tensor(which) for which in ([1.0, 0.0], [0.0, 1.0]))
+    assert right(one) == pytest.approx(0.69, abs=0.03) and right(other) == pytest.approx(0.69, abs=0.03)
+    assert right(signs) == pytest.approx(0.76, abs=0.03)  # d' of 1 and of sqrt(2)
+
+
+def test_the_match_head_is_scored_alone_too_where_the_cosine_has_a_say(metrics, tiny_run, source):
+    names = [name for name, _ in rows_of(metrics)]
+    assert "match or not, by the match head alone" in names
+    bare = evaluate(without(tiny_run, "contrast"), source, "test", blind=False)
+    assert "match" in bare and "match_head" not in bare
 
 
 class ByRule(Run):

@@ -59,13 +59,13 @@ def scores(run: Run, image: Half, texts: Sequence[str], of: Sequence[int]) -> li
     model = run.model
     rows = torch.tensor([of[n] for n in some], device=image.states.device)
     half = model.half_text(*run._words([texts[n] for n in some]))
-    fused = model.fuse(half, image.rows(rows))
-    match = run.match_logits(fused).sigmoid().tolist()
-    cosine: list[float | None] = [None] * len(some)
+    cosine = None
     if run.dim:
         vectors = model.alone(image, "image").float()[rows]
-        cosine = (model.alone(half, "text").float() * vectors).sum(-1).tolist()
-    for n, m, c in zip(some, match, cosine):
+        cosine = (model.alone(half, "text").float() * vectors).sum(-1)
+    scale, offset = run.match_head_fit  # alone, as in BLIP: two scores that say two things can be told apart
+    match = (scale * run.head_logits(half, image.rows(rows)) + offset).sigmoid().tolist()
+    for n, m, c in zip(some, match, [None] * len(some) if cosine is None else cosine.tolist()):
         out[n] = round(m, DIGITS), None if c is None else round(c, DIGITS)
     return out
 

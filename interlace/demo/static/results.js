@@ -6,7 +6,7 @@ import { brief } from "./filters.js";
 import { link, read } from "./state.js";
 
 const SCORE = "Similarity of the query and this picture. 1 would be identical; compare scores within one search only.";
-const MATCH = "Probability, by the model's matching head, that the words and this picture belong together. The order follows it.";
+const MATCH = "Probability, by the model, that the words and this picture belong together. The order follows it.";
 
 export function card(hit, { compact = false } = {}) {
   const name = el("span", { class: "name" }, hit.name || hit.id);
