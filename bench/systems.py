@@ -52,7 +52,8 @@ ONLY_WRITES = ("vision_encoder_decoder",)
 KINDS = {"finetune": "retrieval and answers", "finetune-captions": "captions", "finetune-answers": "written answers"}
 HEADLINES = ("text to image R@1", "image to text R@1", "text to image R@1 re-ranked top 20",
              "image to text R@1 re-ranked top 20", "match or not, balanced accuracy",
-             "match or not, by the match head alone", "answers, accuracy", "captions, CIDEr", "written answers, accuracy")  # fmt: skip
+             "match or not, by the match head alone", "answers, accuracy", "captions, CIDEr",
+             "written answers, accuracy")  # fmt: skip
 
 
 def recipes_of(system: str) -> tuple[str, ...]:
