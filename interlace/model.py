@@ -75,8 +75,21 @@ def check_mask(mask: Tensor | None) -> None:
         return
     real = mask.bool()
     if bool((real[:, 1:] & ~real[:, :-1]).any()):
-        raise UserError("padding stands before a word, and texts are padded on the right: set tokenizer.padding_side = "
-                        "'right'.")  # fmt: skip
+        raise UserError("padding stands before a word, and half a model reads texts that are padded on the right: set "
+                        "tokenizer.padding_side = 'right', or call the whole model.")  # fmt: skip
+
+
+def padded_right(mask: Tensor | None, *given: Tensor | None) -> tuple[Tensor | None, tuple[Tensor | None, ...],
+                                                                    Tensor | None]:  # fmt: skip
+    """Mask (B, T) and what goes with each word, each (B, T, ...) -> the same with the words in front and all padding
+    behind them, and where each place went (B, T), to be found again by `gather`; None where nothing had to move."""
+    if mask is None or torch.compiler.is_compiling():
+        return mask, given, None
+    real = mask.bool()
+    if not (real[:, 1:] & ~real[:, :-1]).any():
+        return mask, given, None
+    order = real.logical_not().long().argsort(dim=1, stable=True)  # (B, T): the words in their order, then the padding
+    return mask.gather(1, order), tuple(x if x is None else x.gather(1, order) for x in given), order.argsort(1)
 
 
 def _with_mask(embedded: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -301,13 +314,19 @@ class VLModel(LoadedWhole, PreTrainedModel):
         **_,
     ) -> VLOutput:
         """Words (B, T) and pixels (B, 3, S, S) or regions -> states of both streams. Masks (B, T), (B, I): 1 = real.
-        Raises UserError for another number of texts than of pictures."""
+        Texts may be padded on either side: the states of a word stand where it stood (where a system puts tokens of its
+        own among the words, in front of all padding). Raises UserError for another number of texts than of pictures.
+        """
         pictures = len(pixel_values if isinstance(pixel_values, Tensor) else pixel_values.features)
         if len(input_ids) != pictures:
             raise UserError(f"{len(input_ids)} texts and {pictures} pictures: row n of one belongs to row n of the "
                             "other, so there must be as many.")  # fmt: skip
-        text = self.half_text(input_ids, attention_mask, token_type_ids)
-        return self.fuse(text, self.half_image(pixel_values, image_mask))
+        mask, (ids, types), places = padded_right(attention_mask, input_ids, token_type_ids)
+        assert ids is not None
+        out = self.fuse(self.half_text(ids, mask, types), self.half_image(pixel_values, image_mask))
+        if places is not None and out.text is not None and out.text.shape[:2] == places.shape:
+            out.text = out.text.gather(1, places.unsqueeze(-1).expand_as(out.text))
+        return out
 
     # -------------------------------------------------------------------------------------------------- one vector
 
@@ -341,8 +360,10 @@ class VLModel(LoadedWhole, PreTrainedModel):
         return pooled
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, P), L2-normalised."""
-        return self.alone(self.half_text(input_ids, attention_mask), "text")
+        """(B, T), padded on either side -> (B, P), L2-normalised."""
+        mask, (ids,), _ = padded_right(attention_mask, input_ids)
+        assert ids is not None
+        return self.alone(self.half_text(ids, mask), "text")
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, P), L2-normalised."""

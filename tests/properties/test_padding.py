@@ -34,8 +34,33 @@ def test_padding_may_stand_between_regions(system):
 
 
 @EVERY_PAIRED
-def test_padding_before_words_is_refused(system):
-    """Words have an order, so their padding has a side."""
+@pytest.mark.parametrize("side", ["left", "both"])
+@torch.no_grad()
+def test_words_may_be_padded_on_any_side(system, side):
+    model, batch = system.model(), system.batch()
+    assert not batch.mask.all()
+    more = {"left": (4, 0), "both": (2, 3)}[side]
+    places = torch.stack([torch.cat([row.nonzero()[:, 0], (~row).nonzero()[:, 0]]) for row in batch.mask])
+    if side == "left":  # each text ends at the last place
+        places = torch.stack([p.roll(int((~row).sum())) for p, row in zip(places, batch.mask)])
+    ids, mask = batch.ids.gather(1, places), batch.mask.gather(1, places)
+    noise = [torch.randint(5, 90, (len(ids), n), generator=torch.Generator().manual_seed(n)) for n in more]
+    ids = torch.cat([noise[0], ids, noise[1]], 1)
+    mask = torch.nn.functional.pad(mask, more)
+    one, other = (model(i, batch.image, m, batch.cells) for i, m in ((ids, mask), (batch.ids, batch.mask)))
+    assert_same({"text": (one.pooled_text, None), "image": (one.pooled_image, None)},
+                {"text": (other.pooled_text, None), "image": (other.pooled_image, None)})  # fmt: skip
+    if "contrast" in model.heads:
+        torch.testing.assert_close(model.encode_text(ids, mask), model.encode_text(batch.ids, batch.mask))
+    if one.text.shape[1] == mask.shape[1]:
+        for row in range(len(ids)):
+            torch.testing.assert_close(one.text[row][mask[row]], other.text[row][: int(batch.mask[row].sum())],
+                                       atol=1e-4, rtol=1e-4)  # fmt: skip
+
+
+@EVERY_PAIRED
+def test_halves_are_padded_on_the_right_alone(system):
+    """What they return has the places of its words, and is mixed with other halves."""
     model, batch = system.model(), system.batch()
     with pytest.raises(UserError, match=r"padding stands before a word.*padding_side"):
         model.half_text(batch.ids.flip(1), batch.mask.flip(1))
