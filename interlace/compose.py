@@ -95,6 +95,7 @@ def configure(what: Composition, objectives: list[Objective]) -> tuple[VLConfig,
     image = None
     pixels: Patches | ImageStem
     if what.image == "patches":
+        check_no_grid(what)
         pixels = Patches(width, pool="mean", size=what.size, patch=what.patch)
     else:
         image = towers.load_tower(what.image, "image")
@@ -123,6 +124,13 @@ def grid_of(what: Composition, image: towers.Tower) -> tuple[int, int]:
         raise UserError(f"model.grid is {what.grid}, but {what.image} gives {h} x {w} cells of {what.size} pixels: "
                         "choose a smaller grid or a larger model.size.")  # fmt: skip
     return what.grid, what.grid
+
+
+def check_no_grid(what: Composition) -> None:
+    """Of patches, which are as many as they are. Raises UserError where fewer are asked for."""
+    if what.grid:
+        raise UserError(f"model.grid is {what.grid}, and averages the cells of an image tower; model.image is patches: "
+                        "set model.grid=0, and model.patch to the pixels a side of a patch.")  # fmt: skip
 
 
 def decoder_asked_for(what: Composition, objectives: list[Objective], text: Embedder) -> Decoder | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from interlace import towers
-from interlace.compose import Composition, decoder_asked_for, grid_of
+from interlace.compose import Composition, check_no_grid, decoder_asked_for, grid_of
 from interlace.config import VLConfig
 from interlace.data.processor import Augment, Processor
 from interlace.embed.grid import GridRegions
@@ -246,6 +246,8 @@ def configure_system(what: Composition, objectives: list[Objective],
         hint = " model.layers=0 builds it at its paper's size." if hasattr(line.module, "full") else ""
         raise UserError(f"{what.system} has no {form} form that these parts could fill.{hint}")
     tokenizer = towers.load_tokenizer(what.text)
+    if what.image == "patches" and regions is None:
+        check_no_grid(what)
     image = None if regions is not None or what.image == "patches" else towers.load_tower(what.image, "image")
     parts = Parts(what, tokenizer, towers.load_tower(what.text, "text"), image, regions)
     config: VLConfig = getattr(line.module, form)(parts)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from interlace.compose import Composition
+from interlace.compose import Composition, compose
 from interlace.data.batches import Collate, Samples
 from interlace.data.sources import open_source
 from interlace.errors import UserError
@@ -211,3 +211,14 @@ def test_what_comes_with_a_run_learns_at_the_rate_of_what_started(made, tmp_path
     assert "heads.match.out.weight" in after.started and "heads.contrast" in after.anew
     assert not any(name.startswith("heads.contrast.") for name in after.started)
     assert np.isfinite([float(p.sum()) for p in after.parameters()]).all()
+
+
+@pytest.mark.parametrize("system", ["", "mlim", "vilt"])
+def test_patches_are_as_many_as_they_are(system, text_tower):
+    what = Composition(system=system, text=str(text_tower), image="patches", width=32, heads=4, layers=2, size=64,
+                       max_length=16, grid=2)  # fmt: skip
+    with pytest.raises(UserError, match=r"model\.grid is 2.*set model\.grid=0"):
+        if system:
+            build_system(what, [MLM()], None, Learner)
+        else:
+            compose(what, [MLM()], None, Learner)
