@@ -56,6 +56,10 @@ def lxmert_files() -> None:
     save(group("weights"), "model_LXRT.pth", prefix="module.")
     body = {f"lxrt_encoder.model.{name}": t for name, t in starting(group("weights"), "bert.").items()}
     save(body | group("weights.vqa"), "vqa.pth")
+    wide = 2 * len(body["lxrt_encoder.model.bert.pooler.dense.bias"])
+    shapes = {"0.weight": (wide, wide), "0.bias": (wide,), "2.weight": (wide,), "2.bias": (wide,),
+              "3.weight": (2, wide), "3.bias": (2,)}  # fmt: skip
+    save(body | {f"logit_fc.{name}": torch.randn(shape) for name, shape in shapes.items()}, "nlvr2.pth")
     LxmertForPreTraining(LxmertConfig(**HF)).save_pretrained("weights/hf")
 
 

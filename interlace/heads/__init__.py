@@ -17,7 +17,7 @@ HEADS: dict[str, type[nn.Module]] = {"contrast": Contrast, "match": Match, "answ
                                      "sigmoid_contrast": SigmoidContrast}  # fmt: skip
 
 __all__ = ["HEADS", "Answers", "Contrast", "Linear", "Match", "Pixels", "SigmoidContrast", "Tied", "Transformed",
-           "build_head"]  # fmt: skip
+           "build_head", "task_head"]  # fmt: skip
 
 
 def build_head(name: str, options: dict[str, Any], text: int, image: int) -> nn.Module:
@@ -37,3 +37,12 @@ def build_head(name: str, options: dict[str, Any], text: int, image: int) -> nn.
     if kind not in HEADS:
         raise UserError(f"no head is called {kind!r} (known: {', '.join(HEADS)}).{suggest(kind, HEADS)}")
     return HEADS[kind](text, image, **options)
+
+
+def task_head(heads: nn.ModuleDict, name: str, made_by: str) -> nn.Module:
+    """The head of that name, of a model that was made for one task. `made_by`: the preset that has it. Raises UserError
+    for a model without it."""
+    if name not in heads:
+        raise UserError(f"expected a model with a head {name!r}, and this one has {', '.join(heads) or 'none'}: build "
+                        f"it with {made_by}(), or load its weights by that preset.")  # fmt: skip
+    return heads[name]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from interlace.errors import UserError
 from interlace.sharded import one_number
 
 
@@ -108,3 +109,18 @@ def start_answers(head: nn.Module) -> None:
     last = getattr(head, "out", None)
     if isinstance(last, nn.Linear) and last.bias is not None:
         nn.init.constant_(last.bias, -math.log(max(last.out_features - 1, 1)))
+
+
+def two_each(texts: int, pictures: int) -> None:
+    """NLVR2 asks whether a text is true of two pictures. Raises UserError unless there are two for each."""
+    if pictures != 2 * texts:
+        raise UserError(f"expected two pictures for each text, {2 * texts} for {texts}, and got {pictures}: give both "
+                        "pictures of the first text, then both of the second, and so on.")  # fmt: skip
+
+
+def side_by_side(vectors: Tensor) -> Tensor:
+    """(2B, P) -> (B, 2P): rows 2n and 2n+1 as one. Raises UserError for an odd number of rows."""
+    if len(vectors) % 2:
+        raise UserError(f"expected pairs of rows, a text with its first picture and with its second, and got "
+                        f"{len(vectors)} rows: is a picture missing?")  # fmt: skip
+    return vectors.reshape(len(vectors) // 2, -1)

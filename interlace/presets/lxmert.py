@@ -14,13 +14,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from interlace.config import VLConfig
 from interlace.embed.regions import LXMERTRegions
 from interlace.embed.words import Words
-from interlace.heads import HEADS
+from interlace.heads import HEADS, task_head
+from interlace.heads.pair import side_by_side, two_each
 from interlace.layers import BOTH, IMAGE, TEXT, Width, co
+from interlace.model import Half, VLModel
 from interlace.systems import BERT_WORDS, Parts, bert_start
 from interlace.weights import bert_layer
 
@@ -40,7 +44,25 @@ class RegionLabels(nn.Module):
         return {"objects": self.objects(x), "attributes": self.attributes(x), "features": self.features(x)}
 
 
+class TwoPictures(nn.Module):
+    """NLVR2, is a text true of two pictures: what was pooled of the text with either, side by side, then linear, GELU,
+    norm, linear, all but the last twice as wide as the text. The release's src/tasks/nlvr2_model.py."""
+
+    def __init__(self, text: int, image: int, labels: int = 2):
+        super().__init__()
+        self.dense, self.norm = nn.Linear(2 * text, 2 * text), nn.LayerNorm(2 * text, eps=1e-12)
+        self.out = nn.Linear(2 * text, labels)
+
+    def forward(self, text: Tensor, image: Tensor | None = None) -> Tensor:
+        """Rows 2n and 2n+1 are one text with its two pictures: (2B, D) -> (B, labels). Raises UserError for an odd
+        number of rows."""
+        return self.out(self.norm(F.gelu(self.dense(side_by_side(text)))))
+
+
 HEADS["region_labels"] = RegionLabels
+HEADS["lxmert_two_pictures"] = TwoPictures
+
+NLVR2: dict[str, Any] = {"kind": "lxmert_two_pictures", "labels": 2}  # class 1 = true
 
 
 def lxmert(text: Words | None = None, image: LXMERTRegions | None = None, layers: tuple[int, int, int] = (9, 5, 5),
@@ -75,6 +97,11 @@ def lxmert_vqa(answers: int = 3129, **changes: Any) -> VLConfig:
     return config
 
 
+def lxmert_nlvr2(**changes: Any) -> VLConfig:
+    """As fine-tuned for NLVR2: a text, two pictures, true or false. `compare` asks it."""
+    return lxmert(**{"heads": {"nlvr2": NLVR2}, **changes})
+
+
 def small(parts: Parts) -> VLConfig:
     """At the size of the parts; grid cells stand for regions. Beside its 9 language layers the paper has 5 of objects
     and 5 that cross; here it is a third each, so that the language encoder can be the whole text tower."""
@@ -100,6 +127,16 @@ def tiny(**changes: Any) -> VLConfig:
     width = Width(32, heads=4)
     words = Words(width, pool="tanh", vocabulary=99, positions=24)
     return lxmert(words, LXMERTRegions(width, features=20), (2, 1, 2), objects=7, attributes=5, answers=11, **changes)
+
+
+def compare(model: VLModel, text: Half, pictures: Half) -> Tensor:
+    """NLVR2: is each text true of its two pictures? B texts, 2B pictures, both of the first text before those of the
+    second -> (B, 2). A text is read alone once and then crosses with either picture. Raises UserError
+    for another number of pictures and for a model without the head."""
+    head, texts = task_head(model.heads, "nlvr2", "lxmert_nlvr2"), len(text.states)
+    two_each(texts, len(pictures.states))
+    twice = torch.arange(texts, device=text.states.device).repeat_interleave(2)  # 0, 0, 1, 1, ...
+    return head(model.fuse(text.rows(twice), pictures).pooled_text)
 
 
 # Section 3: all summed in one forward. A mismatched pair scores all but the answer; the paper asks questions in the
@@ -145,9 +182,8 @@ _BODY = {
 }
 
 
-def _answers(theirs: str) -> dict[str, str]:
-    return {f"{theirs}logit_fc.0": "heads.answers.dense", f"{theirs}logit_fc.2": "heads.answers.norm",
-            f"{theirs}logit_fc.3": "heads.answers.out"}  # fmt: skip
+def _classifier(theirs: str, ours: str) -> dict[str, str]:
+    return {f"{theirs}.0": f"{ours}.dense", f"{theirs}.2": f"{ours}.norm", f"{theirs}.3": f"{ours}.out"}
 
 
 _HEADS = {
@@ -161,9 +197,11 @@ _HEADS = {
     "obj_predict_head.decoder_dict.obj": "heads.regions.objects",
     "obj_predict_head.decoder_dict.attr": "heads.regions.attributes",
     "obj_predict_head.decoder_dict.feat": "heads.regions.features",
-    **_answers("answer_head."),
+    **_classifier("answer_head.logit_fc", "heads.answers"),
 }
 
 KEYS = {f"bert.{theirs}": ours for theirs, ours in _BODY.items()} | _HEADS  # *_LXRT.pth
 HF_KEYS = {f"lxmert.{theirs}": ours for theirs, ours in _BODY.items()} | _HEADS  # LxmertForPreTraining, ...Answering
-VQA_KEYS = {f"lxrt_encoder.model.bert.{theirs}": ours for theirs, ours in _BODY.items()} | _answers("")  # fine-tuned
+_TUNED = {f"lxrt_encoder.model.bert.{theirs}": ours for theirs, ours in _BODY.items()}
+VQA_KEYS = _TUNED | _classifier("logit_fc", "heads.answers")  # GQA's, too
+NLVR2_KEYS = _TUNED | _classifier("logit_fc", "heads.nlvr2")  # the same names, twice as wide

@@ -83,6 +83,7 @@ TRUNKS = {  # the same without the heads of pre-training
 BY_HAND = {
     "uniter": uniter(768, 12), "uniter_large": uniter(1024, 24),
     "lxmert_vqa": TRUNKS["lxmert"] + linear(768, 1536) + 2 * 1536 + linear(1536, 3129),
+    "lxmert_nlvr2": TRUNKS["lxmert"] + linear(1536, 1536) + 2 * 1536 + linear(1536, 2),
     "blip": blip(), "blip_large": blip(image=1024, layers=24), "blip_retrieval": blip(384, decoder=None),
     "blip_caption": blip(384, text=False, decoder="alone", heads=False),
     "blip_vqa": blip(480, decoder="apart", heads=False),
