@@ -21,7 +21,7 @@ from interlace.config import VLConfig
 from interlace.errors import UserError
 from interlace.layers import Kind
 from interlace.model import VLModel
-from interlace.presets import Preset, preset, vilbert, vilt, vision_encoder_decoder
+from interlace.presets import Preset, preset, vilbert, vilt, vision_encoder_decoder, vl_bert
 from interlace.weights import OURS_ALONE, Keys, Report, _line, load_foreign, read_release
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ TABLES = {  # of the presets whose files differ by task; the others have KEYS an
     "lxmert_vqa": ("VQA_KEYS", "HF_KEYS"), "lxmert_nlvr2": ("NLVR2_KEYS",),
     "blip_retrieval": ("RETRIEVAL_KEYS", "HF_KEYS"), "blip_caption": ("CAPTION_KEYS", "HF_CAPTION_KEYS"),
     "blip_vqa": ("VQA_KEYS", "HF_VQA_KEYS"), "blip": ("KEYS",), "blip_large": ("KEYS",),
+    "vl_bert_refcoco": ("REFCOCO_KEYS",), "vl_bert_vcr": ("VCR_KEYS",),
 }  # fmt: skip
 BARE = ("lxmert", "visual_bert", "vilt")  # of transformers, whose bare models leave this out before their names
 HEADS: dict[str, Any] = {  # that fine-tuned files have, beside those of pre-training; their sizes come from the file
@@ -240,6 +241,8 @@ def _image(config: VLConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if hasattr(spec, "geometry") and "image.hidden_feature" in shapes:
         spec.features = shapes["image.hidden_feature"][-1]
         spec.geometry = (shapes["image.project.weight"][1] - spec.features) // 4
+    elif hasattr(spec, "geometry") and "image.project.weight" in shapes:  # fine-tuned: the geometry is as released
+        spec.features = shapes["image.project.weight"][1] - 4 * spec.geometry
     if hasattr(spec, "patch") and "image.project.weight" in shapes:
         spec.patch = shapes["image.project.weight"][-1]
         places = next((shapes[n][-2] for n in ("image.positions",) if n in shapes), 0)
@@ -340,6 +343,8 @@ def load(source: str | Path, name: str) -> Converted:
     config.heads |= {head: options for head, options in make().heads.items() if f"heads.{head}." in fresh}
     if table == "HF_KEYS" and line.system == "BLIP":
         fresh = ("heads.contrast.temperature",)
+    if line.module is vl_bert and "mlm" not in config.heads:
+        fresh = vl_bert.UNTUNED
     model = VLModel(config)
     return Converted(model, load_foreign(model, tensors, keys, prefix, fresh), table, prefix)
 

@@ -85,10 +85,15 @@ def visual_bert_files() -> None:
 
 
 def vl_bert_files() -> None:
+    from tests.presets.test_vl_bert_tasks import released as vl_bert_released
+
     group = recorded("vlbert")
     save(group("weights"), "vl-bert-base-prec.model", prefix="module.", entry="state_dict")
     body = {name: tensor for name, tensor in group("weights").items() if "_head" not in name}
     save(body | group("weights.vqa"), "vqa.model", prefix="module.", entry="state_dict")
+    for task in ("refcoco", "vcr"):
+        body, resnet = vl_bert_released(task)
+        save(body | resnet, f"{task}.model", prefix="module.", entry="state_dict")
 
 
 def vilt_files() -> None:

@@ -80,10 +80,14 @@ TRUNKS = {  # the same without the heads of pre-training
     "vilt": 111_595_008,
     "mlim": 335_141_888 + 202_368 + 144 * 1024,  # transformers' BertModel of bert-large-uncased, the CNN, its cells
 }  # fmt: skip
+# the release's encoder; a region's projection and [IMG]; three vectors that only pre-training reads
+VL_BERT = 108_896_256 + linear(2048 + 2048, 768) + 768 + 2 * 768 + 2048
 BY_HAND = {
     "uniter": uniter(768, 12), "uniter_large": uniter(1024, 24),
     "lxmert_vqa": TRUNKS["lxmert"] + linear(768, 1536) + 2 * 1536 + linear(1536, 3129),
     "lxmert_nlvr2": TRUNKS["lxmert"] + linear(1536, 1536) + 2 * 1536 + linear(1536, 2),
+    "vl_bert_refcoco": VL_BERT + linear(768, 768) + linear(768, 1),
+    "vl_bert_vcr": VL_BERT + linear(768, 768) + linear(768, 1) + linear(768, 768) + linear(768, 81),
     "blip": blip(), "blip_large": blip(image=1024, layers=24), "blip_retrieval": blip(384, decoder=None),
     "blip_caption": blip(384, text=False, decoder="alone", heads=False),
     "blip_vqa": blip(480, decoder="apart", heads=False),
