@@ -33,7 +33,7 @@ TABLES = {  # of the presets whose files differ by task; the others have KEYS an
     "lxmert_vqa": ("VQA_KEYS", "HF_KEYS"), "lxmert_nlvr2": ("NLVR2_KEYS",),
     "blip_retrieval": ("RETRIEVAL_KEYS", "HF_KEYS"), "blip_caption": ("CAPTION_KEYS", "HF_CAPTION_KEYS"),
     "blip_vqa": ("VQA_KEYS", "HF_VQA_KEYS"), "blip": ("KEYS",), "blip_large": ("KEYS",),
-    "vl_bert_refcoco": ("REFCOCO_KEYS",), "vl_bert_vcr": ("VCR_KEYS",),
+    "blip_nlvr2": ("NLVR2_KEYS",), "vl_bert_refcoco": ("REFCOCO_KEYS",), "vl_bert_vcr": ("VCR_KEYS",),
 }  # fmt: skip
 BARE = ("lxmert", "visual_bert", "vilt")  # of transformers, whose bare models leave this out before their names
 HEADS: dict[str, Any] = {  # that fine-tuned files have, beside those of pre-training; their sizes come from the file

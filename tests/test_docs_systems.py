@@ -110,12 +110,14 @@ def blip_files() -> None:
     from transformers import BlipConfig, BlipForImageTextRetrieval
 
     from tests.parity.test_blip_transformers import TINY
+    from tests.presets.test_blip_nlvr2 import released as blip_released
 
     group = recorded("blip")
     save(group("weights"), "model_base.pth", entry="model")
     seen = starting(group("weights"), "visual_encoder.")
     save(seen | starting(group("weights"), "text_decoder."), "model_base_caption.pth", entry="model")
     save(seen | starting(group("weights"), "text_encoder.") | group("weights.vqa"), "model_base_vqa.pth", entry="model")
+    save(blip_released(), "model_base_nlvr.pth", entry="model")
     text = {**TINY, "vocab_size": 99, "max_position_embeddings": 32, "bos_token_id": 97, "sep_token_id": 3,
             "pad_token_id": 0, "eos_token_id": 3, "projection_dim": 24}  # fmt: skip
     vision = {**TINY, "hidden_size": 48, "image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-6}

@@ -70,7 +70,8 @@ PRESETS = {
     "blip":        Preset("BLIP",       2022, "dual",   (13, 25), "patches of 16", "itc_momentum, itm, lm",
                           252_441_919, blip, blip.blip,
                           {"blip_large": partial(blip.blip, **blip.large()), "blip_retrieval": blip.blip_retrieval,
-                           "blip_caption": blip.blip_caption, "blip_vqa": blip.blip_vqa}),
+                           "blip_caption": blip.blip_caption, "blip_vqa": blip.blip_vqa,
+                           "blip_nlvr2": blip.blip_nlvr2}),
     "vision_encoder_decoder":
                    Preset("ViT + GPT-2", 2021, "dual",  (12, 24), "patches of 16", "lm",
                           238_605_312, vision_encoder_decoder, vision_encoder_decoder.vit_gpt2),

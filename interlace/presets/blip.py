@@ -14,9 +14,13 @@ from interlace.decoder import Decoder
 from interlace.embed.clip import MEAN, STD
 from interlace.embed.patches import Patches
 from interlace.embed.words import Words
-from interlace.heads import HEADS
-from interlace.layers import IMAGE, READ, Width, norm
+from interlace.errors import UserError
+from interlace.heads import HEADS, task_head
+from interlace.heads.pair import two_each
+from interlace.layers import IMAGE, READ, Attend, FeedForward, Kind, Layer, Width, norm
+from interlace.model import Half, VLModel
 from interlace.sharded import one_number
+from interlace.streams import Streams, Visibility, sight
 from interlace.systems import BERT_WORDS, Parts, bert_start
 
 
@@ -41,10 +45,69 @@ class Aligned(nn.Module):
         return F.normalize(getattr(self, stream)(pooled).float(), dim=-1)
 
 
+class ReadTwo(Layer):
+    """The text attends to itself, then to two pictures by an attention for each; it takes the mean of what both say or,
+    with `merge`, a linear of both side by side. Section 5.4, figure 5: NLVR2.
+
+    2B pictures stand beside B texts, both of the first text before those of the second. One picture for each text is
+    read by both attentions.
+    """
+
+    kind = "blip_read_two"
+    crosses = True
+    changes = ("text",)
+
+    def __init__(self, text: Width, image: Width, merge: bool = False):
+        super().__init__(text, image)
+        if text.norm != "post":
+            raise UserError(f"a {self.kind!r} layer has one norm after both attentions: expected a text of norm "
+                            f"'post', as BERT's, got {text.norm!r}.")  # fmt: skip
+        self.attend_self, self.ffn = Attend(text), FeedForward(text)
+        self.attend_first, self.attend_second = Attend(text, image), Attend(text, image)
+        del self.attend_first.norm, self.attend_second.norm  # one norm for both
+        self.merge = nn.Linear(2 * text.size, text.size) if merge else None
+        self.norm, self.dropout = nn.LayerNorm(text.size, eps=text.eps), nn.Dropout(text.dropout)
+
+    def forward(self, streams: Streams, see: Visibility) -> Streams:
+        text, image = streams
+        if text is None:
+            return streams
+        text = self.attend_self(text, None, see.sight("tt"))  # (B, T, D)
+        if image is not None:
+            step = 2 if len(image) == 2 * len(text) else 1
+            said = [attend.read(text, image[n::step], sight(_rows(see.ti, n, step)))
+                    for attend, n in ((self.attend_first, 0), (self.attend_second, step - 1))]  # fmt: skip
+            both = (said[0] + said[1]) / 2 if self.merge is None else self.merge(torch.cat(said, -1))  # (B, T, D)
+            text = self.norm(text + self.dropout(both))
+        return Streams(self.ffn(text), image)
+
+
+def _rows(mask: Tensor | None, first: int, step: int) -> Tensor | None:
+    """Every `step`th row of a mask; one row stands for all."""
+    return mask if mask is None or len(mask) == 1 else mask[first::step]
+
+
+def read_two(merge: bool = False) -> Kind:
+    return Kind("blip_read_two", (("merge", True),) if merge else ())
+
+
+class Verdict(nn.Module):
+    """Linear, ReLU, linear over the state of the first word, which has read both pictures. Section 5.4."""
+
+    def __init__(self, text: int, image: int, labels: int = 2):
+        super().__init__()
+        self.dense, self.out = nn.Linear(text, text), nn.Linear(text, labels)
+
+    def forward(self, text: Tensor, image: Tensor | None = None) -> Tensor:  # (B, D) -> (B, labels)
+        return self.out(torch.relu(self.dense(text)))
+
+
 HEADS["blip_contrast"] = Aligned
+HEADS["blip_verdict"] = Verdict
 
 CONTRAST: dict[str, Any] = {"kind": "blip_contrast", "size": 256}
 MATCH: dict[str, Any] = {"kind": "linear", "labels": 2}  # class 1 = match; the text begins with [ENC] instead of [CLS]
+NLVR2: dict[str, Any] = {"kind": "blip_verdict", "labels": 2}  # class 1 = true
 DEC, SEP, ENC = 30522, 102, 30523  # a text's start and end; [DEC] and [ENC] are two words more than BERT's
 
 
@@ -87,6 +150,25 @@ def blip_vqa(layers: tuple[int, int] = (12, 12), ends: tuple[int, int] = (DEC, S
     """The question reads the image; the answer's decoder, which shares nothing, reads the question. Figure 5."""
     write = Decoder({"answer": [READ] * layers[0]}, "text", (), "", *ends)
     return blip(layers=layers, **{"pixels": 480, "heads": {}, "writes": write, **changes})
+
+
+def blip_nlvr2(layers: tuple[int, int] = (12, 12), mean: int = 6, **changes: Any) -> VLConfig:
+    """Is a text true of two pictures? `compare` asks it. The first `mean` layers of the text take the mean of what they
+    read of both, the others merge it."""
+    mean = min(mean, layers[0])
+    segments = {"image": [IMAGE] * layers[1], "close": [norm(stream="image")], "fuse": [read_two()] * mean,
+                "merge": [read_two(merge=True)] * (layers[0] - mean)}  # fmt: skip
+    return blip(layers=layers, **{"pixels": 384, "segments": segments, "heads": {"nlvr2": NLVR2},
+                                  "writes": None, **changes})  # fmt: skip
+
+
+def compare(model: VLModel, text: Half, pictures: Half) -> Tensor:
+    """NLVR2: is each text true of its two pictures? B texts, which begin with [ENC], and 2B pictures, both of the first
+    text before those of the second -> (B, 2), class 1 = true. Raises UserError for another number of pictures and for
+    a model without the head."""
+    head = task_head(model.heads, "nlvr2", "blip_nlvr2")
+    two_each(len(text.states), len(pictures.states))
+    return head(model.fuse(text, pictures).pooled_text)
 
 
 def small(parts: Parts) -> VLConfig:
@@ -144,13 +226,17 @@ def _attention(theirs: str, ours: str) -> dict[str, str]:
             f"{theirs}.output.dense": f"{ours}.out", f"{theirs}.output.LayerNorm": f"{ours}.norm"}  # fmt: skip
 
 
-def _bert(theirs: str, words: str, layers: str, selves: str = "") -> dict[str, Any]:
-    """A text stack's names. `selves`: where the self-attentions are, if elsewhere than the rest."""
-    at = f"{theirs}.encoder.layer.{{n}}"
+def _embeddings(theirs: str, words: str) -> dict[str, Any]:
     return {f"{theirs}.embeddings.word_embeddings": f"{words}.words",
             f"{theirs}.embeddings.position_embeddings": f"{words}.positions",
             f"{theirs}.embeddings.LayerNorm": f"{words}.norm",
-            f"{theirs}.embeddings.position_ids": None,
+            f"{theirs}.embeddings.position_ids": None}  # fmt: skip
+
+
+def _bert(theirs: str, words: str, layers: str, selves: str = "") -> dict[str, Any]:
+    """A text stack's names. `selves`: where the self-attentions are, if elsewhere than the rest."""
+    at = f"{theirs}.encoder.layer.{{n}}"
+    return {**_embeddings(theirs, words),
             **_attention(f"{at}.attention", f"{selves or layers}.attend_self"),
             **_attention(f"{at}.crossattention", f"{layers}.attend_image"),
             **{f"{at}.{name}": f"{layers}.{ours}" for name, ours in _LAYER.items()}}  # fmt: skip
@@ -186,6 +272,25 @@ CAPTION_KEYS: dict[str, Any] = {**_vit("visual_encoder"), **_decoder("text", "de
 VQA_KEYS: dict[str, Any] = {**_ENCODERS, **_decoder("decoder.words", "decoder.schedule.answer.{n}")}
 MOMENTUM_KEYS: dict[str, Any] = {**_vit("visual_encoder_m"), **_bert("text_encoder_m", "text", "schedule.fuse.{n}"),
                                  **{f"{theirs}_m": ours for theirs, ours in _PROJECTIONS.items()}}  # fmt: skip
+
+
+def _two(theirs: str, ours: str) -> dict[str, Any]:
+    """A layer that reads two pictures."""
+    cross = f"{theirs}.crossattention"
+    return {**_attention(f"{theirs}.attention", f"{ours}.attend_self"),
+            **{f"{cross}.self{n}": f"{ours}.attend_{which}" for n, which in enumerate(("first", "second"))},
+            f"{cross}.output.dense0": f"{ours}.attend_first.out", f"{cross}.output.dense1": f"{ours}.attend_second.out",
+            f"{cross}.output.LayerNorm": f"{ours}.norm", f"{cross}.output.merge_layer": f"{ours}.merge",
+            **{f"{theirs}.{name}": f"{ours}.{part}" for name, part in _LAYER.items()}}  # fmt: skip
+
+
+NLVR2_KEYS: dict[str, Any] = {
+    **_vit("visual_encoder"),
+    **_embeddings("text_encoder", "text"),
+    **_two("text_encoder.encoder.layer.{n+6}", "schedule.merge.{n}"),  # before the next, which fits these, too
+    **_two("text_encoder.encoder.layer.{n}", "schedule.fuse.{n}"),
+    "cls_head.0": "heads.nlvr2.dense", "cls_head.2": "heads.nlvr2.out",
+}  # fmt: skip
 
 
 def _hf(keys: dict[str, Any]) -> dict[str, Any]:

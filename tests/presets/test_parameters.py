@@ -91,6 +91,9 @@ BY_HAND = {
     "blip": blip(), "blip_large": blip(image=1024, layers=24), "blip_retrieval": blip(384, decoder=None),
     "blip_caption": blip(384, text=False, decoder="alone", heads=False),
     "blip_vqa": blip(480, decoder="apart", heads=False),
+    # a second cross-attention in every layer, whose norm is the first one's, and a linear that merges them in six
+    "blip_nlvr2": blip(384, decoder=None, heads=False) + 12 * (attention(768) - 2 * 768) + 6 * linear(2 * 768, 768)
+                  + linear(768, 768) + linear(768, 2),
     "mlim": mlim(1024, 202_368, 144, 24, doublings=5, smooth=[16] * 4),
     "mlim_grid3": mlim(1024, 198_788, 9, 24, doublings=7, smooth=[8] * 2),
     "mlim_base": mlim(768, 202_368 - (1024 - 768) * linear(80, 1), 49, 12, doublings=5, smooth=[12] * 4),
