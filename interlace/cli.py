@@ -186,7 +186,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true")
 
     sub = verb("caption", do.write_captions, "write about pictures, by a run that learnt to (lm, prefix_lm)")
-    sub.add_argument("run")
+    sub.add_argument("run", help="or the folder of a VisionEncoderDecoder of transformers, with its tokenizer and "
+                                 "image processor")  # fmt: skip
     sub.add_argument("images", nargs="+", metavar="PICTURE")
     sub.add_argument("--prompt", default="", help='words each caption begins with: "a photo of"')
     sub.add_argument("--beams", type=int, default=3)

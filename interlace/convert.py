@@ -319,7 +319,8 @@ def load(source: str | Path, name: str) -> Converted:
     line, make = preset(name)
     if line.module is vision_encoder_decoder:
         raise UserError("a vision encoder-decoder is transformers' own model and keeps its names, so there is nothing "
-                        "to convert: interlace.captioner.CaptionModel.from_pretrained reads its folder.")
+                        "to convert: `interlace caption FOLDER PICTURE` writes by it, and "
+                        "interlace.captioner.load_captioner reads it.")
     plain = name.strip().lower().replace("-", "_")
     tensors, given = read(Path(source).expanduser())
     table, keys, prefix = best_table(plain, line, tensors)

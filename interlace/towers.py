@@ -317,7 +317,11 @@ def pixel_spec(name: str | Path) -> PixelSpec:
     Raises UserError for a size that is not square.
     """
     folder = resolve_tower(name, "image")
-    config = _part(_read_config(folder, name), "image", name)
+    return pixels_of(folder, _part(_read_config(folder, name), "image", name))
+
+
+def pixels_of(folder: Path, config: PreTrainedConfig) -> PixelSpec:
+    """The preprocessor_config.json that lies in a folder, for the image tower of this config."""
     statistics, resample = PIXELS.get(config.model_type, (IMAGENET, 3))
     mean: tuple[float, ...] = statistics[0]
     std: tuple[float, ...] = statistics[1]

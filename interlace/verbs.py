@@ -262,11 +262,13 @@ def answer_question(args: argparse.Namespace) -> int:
 
 
 def write_captions(args: argparse.Namespace) -> int:
+    from interlace.captioner import is_captioner, load_captioner
     from interlace.run import Run
 
     pictures = [open_query_picture(path) for path in args.images]
-    captions = Run.load(args.run).caption(pictures, prompt=args.prompt, beams=args.beams, max_length=args.max_length,
-                                          sample=args.sample, top_p=args.top_p, seed=args.seed)  # fmt: skip
+    writer = load_captioner(args.run) if is_captioner(args.run) else Run.load(args.run)
+    captions = writer.caption(pictures, prompt=args.prompt, beams=args.beams, max_length=args.max_length,
+                              sample=args.sample, top_p=args.top_p, seed=args.seed)  # fmt: skip
     if args.json:
         print(json.dumps([{"image": i, "caption": c} for i, c in zip(args.images, captions)], ensure_ascii=False,
                          indent=2))  # fmt: skip

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +31,7 @@ from interlace.towers import (
     load_tokenizer,
     load_tower,
     pixel_spec,
+    pixels_of,
     resolve_tower,
     tower_config,
 )
@@ -83,6 +88,38 @@ class Captioner(NamedTuple):
         self.tokenizer.save_pretrained(folder)
         self.pixels.save(Path(folder))
 
+    def caption(self, pictures: Iterable[Image.Image], prompt: str = "", beams: int = 3, max_length: int = 0,
+                sample: bool = False, top_p: float = 0.9, seed: int = 0, batch: int = 16) -> list[str]:  # fmt: skip
+        """A caption each, which begins with the prompt; RGB pictures of any size, squeezed into the tower's square as
+        transformers does. `max_length`: tokens, 0 for as many as `generate` writes. `sample`: words are drawn, with
+        `seed`, from the likeliest that together have `top_p` of the probability; else `beams`. Raises UserError for a
+        prompt that leaves no room."""
+        from interlace.run import chunks
+
+        model, ids = self.model, Ids.of_config(self.model.config)
+        most = max_length or model.generation_config.max_length
+        words = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt.strip() else []
+        if len(words) + 2 > most:
+            raise UserError(f"the prompt has {len(words)} tokens and the text at most {most}: shorten the prompt or "
+                            "raise the length.")  # fmt: skip
+        way: dict[str, Any] = {"do_sample": True, "top_p": top_p, "top_k": 0} if sample else {"num_beams": beams}
+        texts: list[str] = []
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(seed)
+            for some in chunks(pictures, batch):
+                pixels = torch.stack([self._pixels(picture) for picture in some]).to(model.device)
+                start = torch.tensor([[ids.start, *words]] * len(some), device=model.device)
+                written = model.generate(pixel_values=pixels, decoder_input_ids=start, max_length=most, **way)
+                texts += [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+        return texts
+
+    def _pixels(self, picture: Image.Image) -> Tensor:
+        """-> (3, S, S), normalised."""
+        spec = self.pixels
+        small = picture.convert("RGB").resize((spec.size, spec.size), Image.Resampling(spec.resample), reducing_gap=2.0)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (spec.mean, spec.std))
+        return (torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255 - mean) / std
+
 
 def caption_model_from_towers(vision_name: str | Path, text_name: str | Path,
                               tokenizer: PreTrainedTokenizerBase | None = None,
@@ -133,20 +170,29 @@ _READING = ("crossattention", "ln_cross_attn", "encoder_attn")
 
 
 def load_captioner(folder: str | Path) -> Captioner:
-    """What `Captioner.save` wrote, in evaluation mode. Raises UserError for a folder without one of its parts, and for
-    a tokenizer of other ids than the model's."""
+    """What `Captioner.save` wrote, or transformers with its tokenizer and its image processor beside the model, in
+    evaluation mode. Raises UserError for a folder without one of these, and for a tokenizer of other ids than the
+    model's."""
     folder = Path(folder)
     if absent := [name for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json")
                   if not (folder / name).is_file()]:  # fmt: skip
-        raise UserError(f"Expected a folder that Captioner.save wrote, but {folder} has no {', '.join(absent)}.")
+        raise UserError("Expected a folder with model, tokenizer and pixel settings, as Captioner.save writes it, but "
+                        f"{folder} has no {', '.join(absent)}.")  # fmt: skip
     model = CaptionModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "right"
     if (theirs := Ids.of(tokenizer)) != (ours := Ids.of_config(model.config)):
         raise UserError(f"The model in {folder} was trained with {ours}, but its tokenizer has {theirs}.")
-    saved = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    mean, std = tuple(saved["image_mean"]), tuple(saved["image_std"])
-    return Captioner(model, tokenizer, PixelSpec(saved["size"]["height"], mean, std, saved["resample"]))
+    return Captioner(model, tokenizer, pixels_of(folder, model.config.encoder))
+
+
+def is_captioner(folder: str | Path) -> bool:
+    """Whether a folder holds an encoder-decoder of transformers, and not a run."""
+    file = Path(folder).expanduser() / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == "vision-encoder-decoder"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _config(tower: PreTrainedConfig | PreTrainedModel, kind: str) -> PreTrainedConfig:

@@ -3,8 +3,10 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -43,6 +45,7 @@ from interlace.captioner import (
     load_decoder,
     longest_text,
 )
+from interlace.cli import main
 from interlace.errors import UserError
 from interlace.towers import load_tower
 
@@ -190,6 +193,37 @@ def test_built_from_pretrained_folders(vision, text, folders, pixels, tmp_path):
     assert again.pixels == captioner.pixels
     assert again.model.generate(pixels).equal(model.generate(pixels))
     assert caption_labels(again.tokenizer, CAPTIONS).equal(caption_labels(captioner.tokenizer, CAPTIONS))
+
+
+@EVERY_PAIR
+def test_a_folder_of_transformers_writes_from_the_terminal(vision, text, folders, tmp_path, capsys):
+    captioner = caption_model_from_towers(folders / vision, folders / text, max_length=12)
+    torch.manual_seed(3)
+    for parameter in captioner.model.parameters():  # else all pictures are told the same
+        parameter.data.normal_(std=0.3)
+    VisionEncoderDecoderModel.save_pretrained(captioner.model, tmp_path)
+    captioner.tokenizer.save_pretrained(tmp_path)
+    told = {"do_normalize": True, "do_resize": True, "size": 32, "resample": 2, "image_mean": [0.4] * 3,
+            "image_std": [0.2] * 3}  # fmt: skip  # as older image processors wrote it
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    rng, files = np.random.default_rng(0), []
+    for n, (height, width) in enumerate([(40, 60), (32, 32), (70, 30)]):
+        files.append(str(tmp_path / f"{n}.png"))
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(files[-1])
+    seen = [Image.open(file).resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0) for file in files]
+    pixels = (torch.from_numpy(np.stack([np.asarray(s) for s in seen])).permute(0, 3, 1, 2) / 255 - 0.4) / 0.2
+    ids = captioner.model.generate(pixel_values=pixels, num_beams=2)
+    expected = [line.strip() for line in captioner.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    assert main(["caption", str(tmp_path), *files, "--beams", "2", "--json"]) == 0
+    assert [line["caption"] for line in json.loads(capsys.readouterr().out)] == expected
+    again = load_captioner(tmp_path)
+    assert again.caption([Image.open(files[2])], beams=2) == expected[2:]  # alone as among others
+    begun = again.caption(map(Image.open, files), prompt="a red", batch=2)
+    assert len(begun) == 3 and all(line.startswith("a red") for line in begun)
+    assert again.caption([Image.open(files[0])], sample=True, seed=5) == again.caption([Image.open(files[0])],
+                                                                                      sample=True, seed=5)  # fmt: skip
+    with pytest.raises(UserError, match="the prompt has 11 tokens and the text at most 12"):
+        again.caption([seen[0]], prompt="a " * 11)
 
 
 @EVERY_PAIR
