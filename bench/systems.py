@@ -147,6 +147,8 @@ def learnt(results: dict[str, dict[int, dict[str, Any]]]) -> str:
         more = "; ".join(interval(one["random"]) for one in lost) if all(lost) else ""
         match = [run["scores"].get("match or not, balanced accuracy") for run in runs]
         told = per_cent([m["value"] for m in match]) if all(match) else ""
+        head = [run["scores"].get("match or not, by the match head alone") for run in runs]
+        told += f"; the head alone {per_cent([h['value'] for h in head])}" if all(head) else ""
         blind = f"{100 * mean(m['blind'] for m in match):.1f}" if all(match) else ""
         lines.append(f"| {system} | {len(runs)} | {minutes:.1f} | {words} | {more} | {told} | {blind} |")
     return "\n".join(lines)
