@@ -144,6 +144,7 @@ def mlim_files() -> None:
 
 
 def captioner_files() -> None:
+    from PIL import Image
     from transformers import VisionEncoderDecoderModel, ViTImageProcessorPil
 
     from interlace.presets.vision_encoder_decoder import tiny
@@ -153,6 +154,7 @@ def captioner_files() -> None:
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained("towers/vit")
     TEXT["gpt2"][1](text_config("gpt2")).save_pretrained("towers/gpt2")
     tokenizer_of("gpt2").save_pretrained("towers/gpt2")
+    Image.new("RGB", (60, 40), "red").save("photo.png")
     VisionEncoderDecoderModel(tiny()).save_pretrained("theirs")
     old = {f"decoder.transformer.h.0.{part}": torch.ones(1) for part in ("attn.bias", "crossattention.masked_bias")}
     file = "theirs/model.safetensors"
@@ -189,7 +191,7 @@ def test_what_a_page_shows_runs_and_prints_what_is_shown(page, tmp_path, monkeyp
         for line in text.splitlines() if not what else []:
             if line.startswith((f"interlace train {page.stem}-small", "interlace train finetune")):
                 continue  # minutes; that the recipe builds and steps is test_recipes' and test_passes' to say
-            assert line.startswith("interlace convert ") and main(line.split()[1:]) == 0
+            assert line.startswith(("interlace convert ", "interlace caption ")) and main(line.split()[1:]) == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

@@ -186,5 +186,5 @@ def test_a_run_whose_validation_pictures_are_all_broken_is_finished_and_says_tha
     run = Run.load(train(toy_settings(table, text_tower, tmp_path / "run", steps=2)))
     said = capsys.readouterr().out
     assert "not scored: " in said and "'val' split" in said and "interlace data check" in said
-    assert run.match_fit == (1.0, 0.0) and not (tmp_path / "run" / "metrics.json").exists()
+    assert run.match_fit == (1.0, 0.0, 0.0) and not (tmp_path / "run" / "metrics.json").exists()
     assert run.encode_texts(["a red square"]).shape == (1, run.dim)

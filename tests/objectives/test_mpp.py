@@ -108,7 +108,7 @@ def test_parts_it_cannot_read_are_named(shapes, text_tower, image_tower, tmp_pat
             train(settings)
         return str(error.value)
 
-    assert "are pixels: take mpp" in said(system="vilt", image="patches", size=64)
+    assert "are pixels: take mpp" in said(system="vilt", image="patches", size=64, grid=0)
     settings = toy_settings(shapes, text_tower, tmp_path / "run")
     settings.objectives, settings.model.image = {"mpp": {}}, str(image_tower)
     settings.model.size, settings.train.image_lr = 48, 0.0
