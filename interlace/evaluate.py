@@ -148,17 +148,18 @@ def match_accuracy(run: Run, held: Held, rows: np.ndarray, blind: bool) -> dict[
     groups = [held.groups[r] for r in rows]
     own = np.arange(len(rows))
     other, third = shuffled(groups), shuffled(groups, seed=1)
-    light, dark = ([match_signs(run, held, rows, text, beside) for text in (own, other)]
-                   for beside in (own, third))  # fmt: skip
     fits: dict[str, tuple[float, ...]] = {"all": run.match_fit}
     if run.match_fit[2]:
         fits["head"] = (*run.match_head_fit, 0.0)
-    out = {}
-    for name, fit in fits.items():
-        values, by_chance = (np.mean([odds(signs[0], fit) > 0, odds(signs[1], fit) <= 0], axis=0)  # 0.5: one of the two
-                             for signs in (light, dark))  # fmt: skip
-        out[name] = scored(values, groups, 0.5, float(by_chance.mean()) if blind else None, held.rows[rows])
-    return out
+
+    def right(beside: np.ndarray) -> dict[str, np.ndarray]:
+        true, wrong = (match_signs(run, held, rows, text, beside) for text in (own, other))
+        return {name: np.mean([odds(true, fit) > 0, odds(wrong, fit) <= 0], axis=0)  # 0.5: one of the two
+                for name, fit in fits.items()}  # fmt: skip
+
+    seen, dark = right(own), right(third) if blind else {}
+    return {name: scored(values, groups, 0.5, float(dark[name].mean()) if dark else None, held.rows[rows])
+            for name, values in seen.items()}  # fmt: skip
 
 
 def odds(signs: np.ndarray, fit: tuple[float, ...]) -> np.ndarray:
@@ -290,7 +291,7 @@ def fit_match(run: Run, source: Source) -> dict[str, tuple[float, ...]]:
     wrong = [match_signs(run, held, rows, shuffled(groups, seed), own) for seed in range(1, 1 + WRONG)]
     signs = torch.from_numpy(np.concatenate([match_signs(run, held, rows, own, own), *wrong]))
     true = torch.arange(len(signs)) < len(own)
-    scale, _, offset = platt(signs * torch.tensor([1.0, 0.0]), true)
+    scale, offset = platt(signs[:, :1], true)
     head = (scale, offset) if scale else (1.0, 0.0)
     scale, weight, offset = platt(signs, true)
     both = (scale, offset, weight) if scale or weight else (1.0, 0.0, 0.0)

@@ -173,7 +173,7 @@ def load_captioner(folder: str | Path) -> Captioner:
     """What `Captioner.save` wrote, or transformers with its tokenizer and its image processor beside the model, in
     evaluation mode. Raises UserError for a folder without one of these, and for a tokenizer of other ids than the
     model's."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if absent := [name for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json")
                   if not (folder / name).is_file()]:  # fmt: skip
         raise UserError("Expected a folder with model, tokenizer and pixel settings, as Captioner.save writes it, but "

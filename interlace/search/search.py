@@ -84,7 +84,7 @@ def search(
             both unit vectors.
         mode: "vector" ranks by cosine; "text" by the words in name and caption (BM25); "hybrid" fuses both rankings by
             reciprocal rank.
-        rerank: order the best max(k, 50) by cosine + w * logit(p), p being the matching head's probability that text
+        rerank: order the best max(k, 50) by cosine + w * logit(p), p being the run's probability that text
             and picture belong together and w the weight that served best on the run's validation split. None: when
             there is a text, the run can, and w is not 0.
 
@@ -228,7 +228,8 @@ def _judged(
     index: Index, hits: list[Hit], text: str | None, with_picture: bool, weight: float, mode: Mode,
     tree: Filter | None, total: int, trusted: bool,
 ) -> Result:  # fmt: skip
-    """The hits with an honest sentence: by the matching head where it ran, else by the calibrated cosine."""
+    """The hits with an honest sentence: by the probability of a match where it was asked, else by the calibrated
+    cosine."""
     among = f" among the {total:,} that pass the filter" if tree is not None else ""
     if not hits:
         if mode == "text":
