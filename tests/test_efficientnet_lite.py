@@ -50,22 +50,23 @@ def test_parity_with_the_release(variant):
     assert_close(theirs._fc(output.pooler_output), logits, atol=1e-4, rtol=0)
 
 
-def test_parity_with_the_released_weights():
+@pytest.mark.parametrize("variant", ["lite0", "lite2"])
+def test_parity_with_the_released_weights(variant):
     release = pytest.importorskip("efficientnet_lite_pytorch")
-    folder = cache_folder() / "towers" / "efficientnet-lite0"
+    folder = cache_folder() / "towers" / f"efficientnet-{variant}"
     if not (folder / "model.safetensors").is_file():
-        pytest.skip("the tower efficientnet-lite0 has not been downloaded")
+        pytest.skip(f"the tower efficientnet-{variant} has not been downloaded")
     state, back = load_file(folder / "model.safetensors"), {}
     for name, value in state.items():
         block = name.split(".")[1] if name.startswith("blocks.") else ""
         module, _, leaf = name.rpartition(".")
         back[next(f"{theirs.format(n=block)}.{leaf}" for theirs, ours in KEYS.items()
                   if ours and ours.format(n=block) == module)] = value
-    theirs = release.EfficientNet.from_name("efficientnet-lite0").eval()
+    theirs = release.EfficientNet.from_name(f"efficientnet-{variant}").eval()
     missing, unexpected = theirs.load_state_dict(back, strict=False)
     assert set(missing) == {"_fc.weight", "_fc.bias"} and not unexpected
     ours = EfficientNetLiteModel.from_pretrained(folder).eval()
-    pixels = torch.randn(2, 3, 224, 224)
+    pixels = torch.randn(2, 3, ours.config.image_size, ours.config.image_size)  # theirs pads for this size alone
     with torch.no_grad():
         assert_close(ours(pixels).feature_map, theirs.extract_features(pixels), atol=1e-4, rtol=0)
 

