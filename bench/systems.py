@@ -17,7 +17,8 @@ probes         loss of hidden words beside the own, another, a white picture; of
                another, no text (MLIM)
 
 With and without pre-training are compared query by query: mean difference, 95% interval and p over groups of rows,
-scores averaged over the seeds. What is finished is found again: the command goes on where it was stopped.
+scores averaged over the seeds. What is finished is found again: the command goes on where it was stopped. Systems that
+were trained elsewhere or earlier stay on the pages as the file of --out has them.
 """
 
 from __future__ import annotations
@@ -112,20 +113,23 @@ def scored(settings: Settings, source: Source, probes: float = 0) -> dict[str, A
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def gain(work: Path, system: str, recipe: str, measure_: str, seeds: list[int], source: str) -> dict[str, Any] | None:
-    """After pre-training minus without, on the same queries."""
-    pairs: list[tuple[Kept, Kept]] = []
-    for seed in seeds:
-        folder = work / f"{system}-{seed}"
-        both = [load_kept(folder / f"{recipe}-{which}" / "bench.npz") for which in ("after", "without")]
-        if any((source, measure_) not in one for one in both):
-            return None
-        pairs.append((both[0][source, measure_], both[1][source, measure_]))
-    difference, by_seed = paired(pairs)
-    if difference is None:
-        return None
-    return {"mean": difference.mean, "low": difference.low, "high": difference.high, "p": difference.p,
-            "by seed": by_seed}  # fmt: skip
+def gains(work: Path, system: str, seeds: list[int], source: str) -> dict[str, dict[str, Any]]:
+    """{recipe: {measure: after pre-training minus without, on the same queries}}."""
+    out: dict[str, dict[str, Any]] = {}
+    for recipe in (*recipes_of(system), *WRITES.get(system, ())):
+        both = [tuple(load_kept(work / f"{system}-{seed}" / f"{recipe}-{which}" / "bench.npz")
+                      for which in ("after", "without")) for seed in seeds]  # fmt: skip
+        out[recipe] = {}
+        for name in HEADLINES:
+            pairs: list[tuple[Kept, Kept]] = [(after[source, name], without[source, name]) for after, without in both
+                                              if (source, name) in after and (source, name) in without]  # fmt: skip
+            if len(pairs) < len(both):
+                continue
+            difference, by_seed = paired(pairs)
+            if difference is not None:
+                out[recipe][name] = {"mean": difference.mean, "low": difference.low, "high": difference.high,
+                                     "p": difference.p, "by seed": by_seed}  # fmt: skip
+    return out
 
 
 def per_cent(values: list[float]) -> str:
@@ -159,7 +163,7 @@ def interval(other: dict[str, float]) -> str:
             f"p {other['p']:.3f})")  # fmt: skip
 
 
-def gained(results: dict[str, dict[int, dict[str, Any]]], work: Path, source: str) -> str:
+def gained(results: dict[str, dict[int, dict[str, Any]]], more: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Markdown: fine-tuned after pre-training, and without it."""
     lines = ["| system | measure | chance | after pre-training | times chance | blind | without | difference | "
              "95% interval | p |",
@@ -180,10 +184,10 @@ def gained(results: dict[str, dict[int, dict[str, Any]]], work: Path, source: st
                          f"{value / chance:.0f}x" if chance and "R@1" in name else "",
                          f"{100 * mean(blind):.1f}" if blind else "",
                          per_cent([w["value"] for w in without]) if all(without) else ""]  # fmt: skip
-                more = gain(work, system, recipe, name, list(seeds), source)
-                cells += ["", "", ""] if more is None else [
-                    f"{100 * more['mean']:+.1f}", f"{100 * more['low']:+.1f} to {100 * more['high']:+.1f}",
-                    f"{more['p']:.3f}"]  # fmt: skip
+                gain = more[system][recipe].get(name)
+                cells += ["", "", ""] if gain is None else [
+                    f"{100 * gain['mean']:+.1f}", f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}",
+                    f"{gain['p']:.3f}"]  # fmt: skip
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -204,14 +208,14 @@ def probed(results: dict[str, dict[int, dict[str, Any]]]) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def report(results: dict[str, dict[int, dict[str, Any]]], work: Path, source: Source, facts: dict[str, Any],
-           command: str) -> str:  # fmt: skip
+def report(results: dict[str, dict[int, dict[str, Any]]], more: dict[str, dict[str, dict[str, Any]]], source: Source,
+           facts: dict[str, Any], command: str) -> str:  # fmt: skip
     test, train_rows = len(source.indices("test")), len(source.indices("train"))
     asked = len(source.question_indices("test"))
     parts = [f"`{command}`; {source.name}: {train_rows:,} training pairs, {test} test pairs, {asked} test questions; "
              f"{facts['cpu']}, {facts['cores']} cores, one thread, other work beside it. Mean, in brackets lowest to "
              "highest seed; per cent, CIDEr times 100.", "### What each pre-training learnt",
-             learnt(results), "### What it is worth", gained(results, work, source.name)]  # fmt: skip
+             learnt(results), "### What it is worth", gained(results, more)]  # fmt: skip
     if table := probed(results):
         parts += ["### MLIM's probes", table]
     return "\n\n".join(parts)
@@ -220,21 +224,17 @@ def report(results: dict[str, dict[int, dict[str, Any]]], work: Path, source: So
 # -------------------------------------------------------------------------------------------------- a page per system
 
 
-def on_its_page(system: str, seeds: dict[int, dict[str, Any]], work: Path, docs: Path) -> str:
-    """The run of the first seed onto the system's page: commands, losses by step, what it ended with. Returns its
-    tables, for the page of all."""
+def on_its_page(system: str, seeds: dict[int, dict[str, Any]], work: Path, docs: Path) -> None:
+    """The run of the first seed onto the system's page: commands, losses by step, what it ended with."""
     seed = next(iter(seeds))
     folder, one = work / f"{system}-{seed}", seeds[seed]
     pre, picture = one["pretrained"], docs / f"images/systems/{system}-loss.png"
     shutil.copyfile(folder / "pretrained/loss.png", picture)
-    commands, tables, said = [f"interlace train {system}-small"], [], []
+    commands, said = [f"interlace train {system}-small"], []
     for recipe in (*recipes_of(system), *WRITES.get(system, ())):
         name = f"runs/{system}-{recipe.removeprefix('finetune').strip('-') or 'tuned'}"
         commands.append(f"interlace train {recipe} model.start=runs/{system}-small train.out={name}")
-        after, without = one[recipe]["after"], one[recipe]["without"]
-        lasted = f"{after['steps']} steps, {after['seconds'] / 60:.1f} minutes"
-        tables.append(f"Fine-tuned for {KINDS[recipe]}, {lasted}:\n\n{beside(after, without, recipe)}")
-        said += headlines(after, without, recipe)
+        said += headlines(one[recipe]["after"], one[recipe]["without"], recipe)
     log = [entry for entry in read_log(folder / "pretrained/log.jsonl") if "loss" in entry]
     told = ", ".join(f"{name} {first:.3g} to {last:.3g}" for name, first, last in losses(log))
     intro = (f"{pre['steps']} steps, seed {seed}, {pre['parameters'] / 1e6:.1f} M parameters, "
@@ -247,8 +247,19 @@ def on_its_page(system: str, seeds: dict[int, dict[str, Any]], work: Path, docs:
     head, _, _ = page.read_text(encoding="utf-8").partition("\n## A run on the sample pictures")
     page.write_text(head.rstrip() + "\n\n## A run on the sample pictures\n", encoding="utf-8")
     onto_page(page, text, f"python -m bench.systems {system}")
-    first = [f"After pre-training, {pre['steps']} steps:\n\n{pre['table']}"] if pre["table"] else []
-    return "\n\n".join([f"## {system}", *first, *tables])
+
+
+def tables(system: str, seeds: dict[int, dict[str, Any]]) -> str:
+    """All figures of the first seed, for the page of all runs."""
+    one = next(iter(seeds.values()))
+    pre, parts = one["pretrained"], [f"## {system}"]
+    if pre["table"]:
+        parts.append(f"After pre-training, {pre['steps']} steps:\n\n{pre['table']}")
+    for recipe in (*recipes_of(system), *WRITES.get(system, ())):
+        after, without = one[recipe]["after"], one[recipe]["without"]
+        lasted = f"{after['steps']} steps, {after['seconds'] / 60:.1f} minutes"
+        parts.append(f"Fine-tuned for {KINDS[recipe]}, {lasted}:\n\n{beside(after, without, recipe)}")
+    return "\n\n".join(parts)
 
 
 def headlines(after: dict[str, Any], without: dict[str, Any], recipe: str) -> list[str]:
@@ -309,13 +320,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if not given.found or all_there(system, seed, given.work):
                 print(f"\n=== {system}, seed {seed}", flush=True)
                 results.setdefault(system, {})[seed] = measure(system, seed, source, given.work, given.set)
-    text = report(results, given.work, source, facts, command)
+    more = {system: gains(given.work, system, list(one), source.name) for system, one in results.items()}
+    trained, before = list(results), json.loads(given.out.read_text()) if given.out and given.out.is_file() else {}
+    for system in PRESETS if before.get("source") == source.name else []:
+        if system not in results and system in before.get("gains", {}):
+            results[system] = {int(seed): one for seed, one in before["results"][system].items()}
+            more[system] = before["gains"][system]
+    text = report(results, more, source, facts, command)
     print(text)
-    keep(given.out, {"machine": facts, "source": source.name,
+    keep(given.out, {"machine": facts, "source": source.name, "gains": more,
                      "results": {s: {str(k): v for k, v in one.items()} for s, one in results.items()}})  # fmt: skip
     if given.pages:
         onto_page(given.pages / "results.md", text, "python -m bench.systems")
-        runs = [on_its_page(system, one, given.work, given.pages) for system, one in results.items()]
+        for system in trained:
+            on_its_page(system, results[system], given.work, given.pages)
+        runs = [tables(system, one) for system, one in results.items()]
         onto_page(given.pages / "runs.md", "\n\n".join(runs), "python -m bench.systems")
     return {"results": results}
 
