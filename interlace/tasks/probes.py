@@ -7,9 +7,9 @@ stands beside, and their difference can be tested in pairs (`paired_difference`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -51,13 +51,13 @@ def mlm_loss(run: Run, source: Source, split: str = "test", image: str = "paired
     """Cross-entropy of hidden words, of each row the mean. `image`: beside them stands their own picture ("paired"),
     that of another group ("random"), or white ("blank"). `rate`: share of the words hidden, at least one; the paper's
     heavy text by default. Rows without a caption are left out. Raises UserError when the run has no word head."""
-    return _hidden_words(run, source, split, image, rate, limit, seed, word_values)
+    return _hidden_words(run, source, split, image, rate, limit, seed)[0]
 
 
 def mlm_accuracy(run: Run, source: Source, split: str = "test", image: str = "paired", rate: float = 0.8,
                  limit: int = 2000, seed: int = 0) -> Probed:  # fmt: skip
     """As `mlm_loss`, but the share of each row's hidden words that are guessed right; the same words are hidden."""
-    return _hidden_words(run, source, split, image, rate, limit, seed, words_right)
+    return _hidden_words(run, source, split, image, rate, limit, seed)[1]
 
 
 def recon_loss(run: Run, source: Source, split: str = "test", text: str = "paired", rate: float = 0.8,
@@ -84,23 +84,25 @@ def recon_loss(run: Run, source: Source, split: str = "test", text: str = "paire
     return rows.probed(values)
 
 
-def _hidden_words(run: Run, source: Source, split: str, image: str, rate: float, limit: int, seed: int,
-                  measure: Callable[..., np.ndarray]) -> Probed:  # fmt: skip
-    """`measure`: of a batch's words, mask, hidden places and pixels, a number a row."""
+def _hidden_words(run: Run, source: Source, split: str, image: str, rate: float, limit: int,
+                  seed: int) -> tuple[Probed, Probed]:  # fmt: skip
+    """What the hidden words cost, and the share of them that is guessed right, from the same guesses."""
     _known(image, IMAGES, "image")
     _needs(run, "mlm", "mam or mlm")
     rows = _rows(run, source, split, limit)
     beside = rows.pictures if image != "random" else [rows.pictures[n] for n in shuffled(rows.groups, seed)]
     white = Image.new("RGB", (run.processor.size,) * 2, "white")
-    values = []
+    cost, right = [], []
     for places in chunks(range(len(rows.pairs)), 32):
         shown = [white if image == "blank" else _open(beside[n], run) for n in places]
         tokens = run.processor.tokens([rows.pairs[n].caption for n in places])
         ids, hidden = tokens["text_ids"], torch.zeros_like(tokens["text_ids"], dtype=torch.bool)
         for at, n in enumerate(places):
             hidden[at] = _hide(tokens["text_words"][at] >= 0, rate, rows, n, seed)
-        values.append(measure(run, ids, tokens["text_mask"], hidden, run.processor.pictures(shown)))
-    return rows.probed(values)
+        of_batch = word_values(run, ids, tokens["text_mask"], hidden, run.processor.pictures(shown))
+        cost.append(of_batch[0])
+        right.append(of_batch[1])
+    return rows.probed(cost), rows.probed(right)
 
 
 def probe(run: Run, source: Source, split: str = "test", rate: float = 0.8, limit: int = 2000,
@@ -109,15 +111,15 @@ def probe(run: Run, source: Source, split: str = "test", rate: float = 0.8, limi
     {..., "difference", "difference_low", "difference_high", "p"}, "blank": ...}, "mlm_accuracy": ..., "recon_loss":
     ...}. A difference is that condition minus paired, on the same rows: above 0 of a loss, below 0 of the accuracy, and
     the true partner helps."""
-    out: dict[str, dict[str, Any]] = {}
-    for name, head, measure, conditions in (("mlm_loss", "mlm", mlm_loss, IMAGES),
-                                            ("mlm_accuracy", "mlm", mlm_accuracy, IMAGES),
-                                            ("recon_loss", "pixels", recon_loss, TEXTS)):  # fmt: skip
-        if head not in run.model.heads:
-            continue
-        found = {c: cast(Any, measure)(run, source, split, c, rate, limit, seed) for c in conditions}
-        out[name] = {c: _plain(one, found["paired"] if c != "paired" else None) for c, one in found.items()}
-    return out
+    found: dict[str, dict[str, Probed]] = {}
+    if "mlm" in run.model.heads:
+        words = {image: _hidden_words(run, source, split, image, rate, limit, seed) for image in IMAGES}
+        found["mlm_loss"] = {image: cost for image, (cost, _) in words.items()}
+        found["mlm_accuracy"] = {image: right for image, (_, right) in words.items()}
+    if "pixels" in run.model.heads:
+        found["recon_loss"] = {text: recon_loss(run, source, split, text, rate, limit, seed) for text in TEXTS}
+    return {name: {condition: _plain(one, of["paired"] if condition != "paired" else None)
+                   for condition, one in of.items()} for name, of in found.items()}  # fmt: skip
 
 
 def difference(other: Probed, paired: Probed) -> Difference:
@@ -140,18 +142,12 @@ def _plain(one: Probed, paired: Probed | None) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def word_values(run: Run, ids: Tensor, mask: Tensor, hidden: Tensor, pixels: Tensor) -> np.ndarray:
-    """Whole words (B, T), their mask, which are hidden (B, T) bool, and pixels (B, 3, S, S) -> (B,): the mean
-    cross-entropy of each row's hidden words, nan where none is."""
+def word_values(run: Run, ids: Tensor, mask: Tensor, hidden: Tensor, pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Whole words (B, T), their mask, which are hidden (B, T) bool, and pixels (B, 3, S, S) -> (B,), the mean
+    cross-entropy of each row's hidden words, and (B,), the share of them that come first; nan where none is hidden."""
     logits, target = _guesses(run, ids, mask, hidden, pixels)
-    return _by_row(F.cross_entropy(logits, target, reduction="none"), hidden)
-
-
-@torch.inference_mode()
-def words_right(run: Run, ids: Tensor, mask: Tensor, hidden: Tensor, pixels: Tensor) -> np.ndarray:
-    """The same -> (B,): the share of each row's hidden words that come first."""
-    logits, target = _guesses(run, ids, mask, hidden, pixels)
-    return _by_row((logits.argmax(-1) == target).float(), hidden)
+    return (_by_row(F.cross_entropy(logits, target, reduction="none"), hidden),
+            _by_row((logits.argmax(-1) == target).float(), hidden))  # fmt: skip
 
 
 def _guesses(run: Run, ids: Tensor, mask: Tensor, hidden: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
