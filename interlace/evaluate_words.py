@@ -37,8 +37,8 @@ def asked_of(run: Run, source: Source, split: str, limit: int, picture: str,
     `picture`: "own", "shuffled" (another group's) or "blank" (white)."""
     indices = np.asarray(sample_rows(source.question_indices(split), limit))
     questions = [source.question(int(i)) for i in indices]
-    of = another_group(questions) if picture == "shuffled" else range(len(questions))
-    shown = [(questions[n].pair_id, questions[n].picture) for n in of]
+    of = another_group(questions) if picture == "shuffled" else np.arange(len(questions))
+    order = np.argsort(of, kind="stable")  # questions that are shown one picture follow each other: it is encoded once
     kept: list[Any] = []
     said: list[Any] = []
     places: list[int] = []
@@ -47,11 +47,12 @@ def asked_of(run: Run, source: Source, split: str, limit: int, picture: str,
 
     def with_pictures():
         nonlocal cached
-        for place, question, ref in zip(indices, questions, shown):
+        for n in order:
+            place, question, of_whom = indices[n], questions[n], questions[of[n]]
             if picture == "blank":
                 yield place, question, blank
                 continue
-            if ref != cached[0]:  # the questions about one picture follow each other
+            if (ref := (of_whom.pair_id, of_whom.picture)) != cached[0]:
                 try:
                     cached = (ref, run.see(*ref))
                 except BadPicture:

@@ -275,10 +275,13 @@ class Run:
 
     @torch.inference_mode()
     def answer_logits(self, pictures: Sequence[Seen], questions: list[str]) -> Tensor:
-        """One question each -> (N, A) logits over the answer list."""
+        """One question each -> (N, A) logits over the answer list. A picture that stands there several times (the same
+        object) is encoded once."""
         self._needs_answers()
-        text, image = self.model.half_text(*self._words(questions)), self.half_image(pictures)
-        out = self.model.fuse(text, image)
+        distinct = {id(picture): picture for picture in pictures}
+        place = {key: n for n, key in enumerate(distinct)}
+        image = self.half_image(list(distinct.values())).rows(torch.tensor([place[id(p)] for p in pictures]))
+        out = self.model.fuse(self.model.half_text(*self._words(questions)), image)
         return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
 
     def answer(self, picture: Image.Image, question: str, allowed: list[str] | None = None) -> list[tuple[str, float]]:

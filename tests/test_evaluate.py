@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -274,3 +275,28 @@ def test_a_run_that_only_learnt_hidden_words_is_scored_on_them(shapes, text_towe
     capsys.readouterr()
     assert main(["evaluate", str(folder), str(shapes)]) == 0
     assert "hidden words guessed" in capsys.readouterr().out
+
+
+def test_a_picture_that_several_questions_ask_about_is_encoded_once(tiny_run, source, monkeypatch):
+    asked = [source.question(int(i)) for i in source.question_indices("test")[:6]]
+    pictures = [open_picture(question.picture, size_hint=tiny_run.processor.size) for question in asked[:2]]
+    shown, words = [pictures[n % 2] for n in range(6)], [question.question for question in asked]
+    alone = torch.cat([tiny_run.answer_logits([picture], [said]) for picture, said in zip(shown, words)])
+    encoded = []
+    half_image = Run.half_image
+    monkeypatch.setattr(Run, "half_image", lambda run, seen: (encoded.append(len(seen)), half_image(run, seen))[1])
+    torch.testing.assert_close(tiny_run.answer_logits(shown, words), alone, atol=1e-4, rtol=1e-4)
+    assert encoded == [2]
+
+
+def test_a_shuffled_picture_is_shown_to_all_its_questions_in_a_row(tiny_run, source):
+    from interlace.evaluate_words import another_group, asked_of
+
+    questions = [source.question(int(i)) for i in source.question_indices("test")]
+    seen: list = []
+    asked, places, said = asked_of(tiny_run, source, "test", 10_000, "shuffled",
+                                   lambda pictures, texts: (seen.extend(pictures), texts)[1])  # fmt: skip
+    assert sorted(places.tolist()) == sorted(source.question_indices("test"))  # all of them, once
+    assert [question.question for question in asked] == said
+    changes = sum(one is not next_one for one, next_one in pairwise(seen)) + 1
+    assert changes == len({questions[of].pair_id for of in another_group(questions)})
