@@ -154,7 +154,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         settings.save(out / "config.yaml")
         write_json(out / "data.json", data)
     collate = Collate(processor, states, passes, learner.cells_to_hide(), shape_of(processor))
-    _align_new_contrast(settings, learner, samples, collate)
+    _align_new_contrast(settings, learner, samples, collate, bool(aligned))
     if t.heads_first and newest_complete(out / CHECKPOINTS, warn=lambda line: None) is None:
         fit_heads(learner, samples, collate, bf16=t.bf16, seed=t.seed)
     learner.attach(whole, rows)  # a slow copy copies what the model starts as
@@ -243,17 +243,20 @@ def _prepare_stems(settings: Settings, source: Source, learner: Learner,
     return states, () if strength is None else ALIGNED
 
 
-def _align_new_contrast(settings: Settings, learner: Learner, samples: Samples, collate: Collate) -> None:
-    """A system's contrast head, where it did not come with the run that is gone on from. It learns at the rate of all
-    that is new, and not at that of aligned stems: the layers under it move."""
-    new = "heads.contrast" in learner.anew if settings.model.start else bool(settings.model.system)
+def _align_new_contrast(settings: Settings, learner: Learner, samples: Samples, collate: Collate,
+                        stems: bool) -> None:  # fmt: skip
+    """The contrast head, where it did not come with the run that is gone on from: a system's, or over aligned `stems`.
+    A system's learns at the rate of all that is new, not at that of aligned stems: the layers under it move."""
+    new = "heads.contrast" in learner.anew if settings.model.start else bool(settings.model.system) or stems
     if not (settings.model.align and new and "contrast" in learner.heads):
         return
     if newest_complete(Path(settings.train.out).expanduser() / CHECKPOINTS, warn=lambda line: None) is not None:
         return  # the checkpoint has a head that went on from there
-    strength = align_contrast(learner, samples, collate)
-    if strength is not None:
-        print(f"contrast starts aligned: ridge regression, strength {strength:g} by cross-validation")
+    chosen = align_contrast(learner, samples, collate)
+    if chosen is not None:
+        image, text, power = chosen
+        print(f"contrast starts aligned: canonical correlations to the power {power}, ridges {image:g} (image) and "
+              f"{text:g} (text), by cross-validation")  # fmt: skip
 
 
 def make_learner(settings: Settings, passes: list[Pass]) -> tuple[Learner, Processor]:

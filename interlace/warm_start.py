@@ -9,9 +9,9 @@ learned.
 Because W is linear and a picture's vector is the mean over its cells, single cells land in the words' space too, which
 is where the fusion layers compare them.
 
-Systems have no stems to align. Their picture parts are mapped into the space of the words (`align_regions`), and their
-contrast head, if they are given one, starts as the same two maps between what their own layers make of a text alone and
-a picture before it meets one (`align_contrast`).
+Systems have no stems to align. Their picture parts are mapped into the space of the words (`align_regions`). A contrast
+head, of either, starts from the canonical correlations (canonical.py) between what the model makes of a text alone and
+of a picture before it meets one (`align_contrast`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import nn
 
 from interlace.align_words import WordMap, align_words
 from interlace.bars import bar
+from interlace.canonical import canonical
 from interlace.embed.grid import GridTower
 from interlace.embed.stem import ImageTower, TextTower
 from interlace.embed.vl_bert import ElementRegions
@@ -150,14 +151,14 @@ def align_regions(model: VLModel, means: np.ndarray, places: list[int], source: 
 
 @torch.no_grad()
 def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: int = 64,
-                   seed: int = 0) -> float | None:  # fmt: skip
-    """The contrast head begins as the closed form between the two vectors it reads: the text side as the principal
-    directions of the captions' pooled vectors, the image side as the ridge regression of those on the pictures'. A
-    system's pooled vectors have nothing to do with each other at first, and contrast over a thousand pairs takes
-    hundreds of steps to find what one linear equation says.
+                   seed: int = 0) -> tuple[float, float, int] | None:  # fmt: skip
+    """The contrast head begins as the closed form between the two vectors it reads: what a caption's and its picture's
+    pooled vectors agree on, their canonical correlations (canonical.py). A system's pooled vectors have nothing to do
+    with each other at first, and contrast over a thousand pairs takes hundreds of steps to find what one equation says.
 
-    Returns the ridge strength chosen by cross-validation over groups; None for a head without two linear projections,
-    with fewer than 20 groups of captions, or where all pictures have one vector.
+    Returns the ridges of the image and the text side and the power of the correlations, chosen by cross-validation over
+    groups; None for a head without two linear projections, with fewer than 20 groups of captions, or where all pictures
+    have one vector.
     """
     head = learner.heads["contrast"]
     text_side, image_side = getattr(head, "text", None), getattr(head, "image", None)
@@ -182,21 +183,21 @@ def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: 
     y, x = np.concatenate(texts), np.concatenate(pictures)  # (N, Dt), (N, Di)
     if any(part.std(0).max() < 1e-4 * np.abs(part).max() for part in (x, y)):  # it says the same of everything but for
         return None  # rounding, as the published VL-BERT's pictures at first
-    strength = ridge_alignment(x, y, x[:1], y[:1], groups=groups, seed=seed).chosen
     if (standard := getattr(head, "standard", None)) is not None:
         y, x = _standard(y, standard["text"]), _standard(x, standard["image"])
     away_y, away_x = _away_from_mean(y, text_side), _away_from_mean(x, image_side)
     y0, x0 = (y - y.mean(0)) @ away_y, (x - x.mean(0)) @ away_x
-    _, _, directions = np.linalg.svd(y0, full_matrices=True)
-    wide = min(text_side.out_features, text_side.in_features)
-    text_side.weight.zero_()
-    text_side.weight[:wide] = torch.from_numpy((directions[:wide] @ away_y).astype(np.float32))
-    target = y0 @ text_side.weight.cpu().numpy().T  # (N, P)
-    image_side.weight.copy_(torch.from_numpy((away_x @ _ridge(x0, target, strength)).T.astype(np.float32)))
-    for side, mean in ((text_side, y.mean(0)), (image_side, x.mean(0))):
+    found = canonical(x0, y0, groups=groups, seed=seed)
+    loud = np.linalg.norm(y0)  # both sides: what is mapped is as large as a text was, so that steps turn it as far
+    for side, away, mean, mapped, fit in ((text_side, away_y, y.mean(0), y0 @ found.text, found.text),
+                                          (image_side, away_x, x.mean(0), x0 @ found.image, found.image)):  # fmt: skip
+        wide = min(side.out_features, fit.shape[1])
+        weight = away @ fit[:, :wide] * (loud / max(float(np.linalg.norm(mapped)), 1e-12))  # (D, P)
+        side.weight.zero_()
+        side.weight[:wide] = torch.from_numpy(weight.T.astype(np.float32))
         if side.bias is not None:
             side.bias.copy_(-side.weight @ torch.from_numpy(mean).to(side.weight))
-    return float(strength)
+    return found.chosen
 
 
 def _standard(vectors: np.ndarray, standard: Standard) -> np.ndarray:
