@@ -231,8 +231,9 @@ def as_kept(learner: Learner, batch: Batch) -> Batch:
     batch = dict(batch)
     with torch.no_grad():
         if "image" in learner.frozen and "pixel_values" in batch:
-            pixels = learner.normalise(batch.pop("pixel_values"))
-            batch["image_states"] = learner.image.states(pixels)  # type: ignore[operator]
+            batch["image_states"] = learner.image.states(learner.normalise(batch["pixel_values"]))  # type: ignore
+            if not any(objective.reads_pixels for objective, _ in learner.objectives):
+                del batch["pixel_values"]
         if "text" in learner.frozen:
             for key in [key for key in batch if key.endswith("_ids")]:
                 name, tower = key.removesuffix("_ids"), learner.text.tower

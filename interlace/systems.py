@@ -254,7 +254,7 @@ def configure_system(what: Composition, objectives: list[Objective],
     if regions is not None and not isinstance(config.image, RegionEmbedder):
         raise UserError(f"{what.system} reads pictures and no regions: leave data.regions out, or choose a system that "
                         "reads them (interlace list).")  # fmt: skip
-    if isinstance(config.image, Patches) and any(o.hides_cells for o in objectives):
+    if isinstance(config.image, Patches | ImageStem) and any(o.hides_cells for o in objectives):
         config.image.hide = True
     config.heads = asked_heads(config, objectives, line.module)
     if lacks_answerer(config, objectives) and hasattr(line.module, "answerer"):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.processor import Processor
 from interlace.data.rows import Pair, Question, Source
-from interlace.data.states import States
+from interlace.data.states import States, view_of
 from interlace.errors import UserError
 from interlace.objectives.base import Objective, Pass
 from interlace.regions.base import RegionSource
@@ -68,6 +68,7 @@ class Samples(Dataset):
             raise UserError(f"{source.name} has no rows in its {split!r} split: give it a split column, or more rows.")
         self.seed, self.augment, self.states, self.regions = seed, augment, states, regions
         self.draw = Drawer(source, self.rows)
+        self.pixels = any(objective.reads_pixels for one in self.passes for objective, _ in one.objectives)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,7 +84,7 @@ class Samples(Dataset):
             sample: dict[str, Any] = {"texts": {}, "id": row.id, "group": group_number(row.group), "skipped": skipped,
                                       "item": torch.tensor([epoch, position, *drawn])}  # fmt: skip
             try:
-                self._show(sample, row, place, rng)
+                self._show(sample, row, place, index, rng)
             except BadPicture as bad:
                 skipped.append((row.id, bad.reason))
                 continue
@@ -106,16 +107,20 @@ class Samples(Dataset):
             sample["texts"]["caption"] = row.caption
         return part
 
-    def _show(self, sample: dict[str, Any], row: Pair, place: int, rng: np.random.Generator) -> None:
-        """Adds the picture, its stored regions, or what the frozen tower said of one of its views. Raises
-        BadPicture."""
+    def _show(self, sample: dict[str, Any], row: Pair, place: int, index: int, rng: np.random.Generator) -> None:
+        """Adds the picture, its stored regions, or what the frozen tower said of one of its views, and that view where
+        its pixels are wanted too. Raises BadPicture."""
         if self.regions is not None:
             sample["regions"] = self.regions.of(row)
             return
         if self.states is not None and self.states.images is not None:
             if place in self.states.unreadable:
                 raise BadPicture(self.states.unreadable[place])
-            sample["image_states"] = self.states.image(place, int(rng.integers(self.states.views)))
+            view = int(rng.integers(self.states.views))
+            sample["image_states"] = self.states.image(place, view)
+            if self.pixels:
+                picture = open_picture(row.picture, size_hint=2 * self.processor.size)
+                sample["pixel_values"] = view_of(picture, self.processor, view, index)
             return
         # cropped pictures keep their detail when decoded at twice the size they end in
         picture = open_picture(row.picture, size_hint=2 * self.processor.size)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from filelock import FileLock
+from PIL import Image
 from torch import Tensor
 
 from interlace.bars import bar
@@ -130,6 +131,11 @@ def _name(model: VLModel, processor: Processor, source: Source, split: str, view
     return digest.hexdigest()[:32]
 
 
+def view_of(picture: Image.Image, processor: Processor, view: int, row: int) -> Tensor:
+    """(3, S, S) uint8: the picture of the source's row `row` as the store has encoded its `view`."""
+    return processor.picture(picture, np.random.default_rng([view, row]))  # runs of all seeds share the store
+
+
 @torch.no_grad()
 def _write_images(model: VLModel, processor: Processor, source: Source, rows: np.ndarray, views: int,
                   work: Path) -> dict[int, str]:  # fmt: skip
@@ -153,8 +159,7 @@ def _write_images(model: VLModel, processor: Processor, source: Source, rows: np
             unreadable[position] = bad.reason
             continue
         for view in range(views):
-            rng = np.random.default_rng([view, int(row)])  # not by the run's seed: runs of all seeds share the store
-            waiting.append((position, view, processor.picture(picture, rng)))
+            waiting.append((position, view, view_of(picture, processor, view, int(row))))
             if len(waiting) == BATCH:
                 flush()
     if waiting:

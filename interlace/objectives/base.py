@@ -159,6 +159,7 @@ class Objective:
     head: ClassVar[str] = ""  # which of heads.HEADS it reads
     fused: ClassVar[bool] = False  # it reads the pass's shared forward
     hides_cells: ClassVar[bool] = False  # it hides parts of the picture
+    reads_pixels: ClassVar[bool] = False  # of the picture itself, even where what a frozen tower said of it is kept
     stage: ClassVar[int] = 2  # of a row: 0 chooses the sentence, 1 swaps it for another's, 2 does neither
     known: ClassVar[dict[str, type[Objective]]] = {}
     key: str = ""  # its name, or another where a pass has two of a kind

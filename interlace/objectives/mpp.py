@@ -50,6 +50,7 @@ class MPP(MaskedRegions):
 
     name = "mpp"
     head = "patches"
+    reads_pixels = True
 
     @staticmethod
     def reads(config: Any) -> bool:
@@ -61,8 +62,7 @@ class MPP(MaskedRegions):
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         if "pixel_values" not in batch:
-            raise UserError("mpp needs the pictures themselves, not what a frozen tower said of them: set "
-                            "data.keep_states_gb=0.")  # fmt: skip
+            raise UserError("mpp needs the pictures themselves, and this batch has none: leave data.regions out.")
         asked = self.scored(views.part)
         truth = normalised_patches(model.normalise(batch["pixel_values"]),  # type: ignore[arg-type]
                                    side_of_cell(model.config.image, self.name))[asked]  # fmt: skip

@@ -53,6 +53,7 @@ class Recon(Objective):
     name = "recon"
     head = "pixels"
     fused = True
+    reads_pixels = True
 
     def __init__(self, recon_reduction: str = "sum", mismatched: bool = True):
         if recon_reduction not in REDUCTIONS:
@@ -81,8 +82,7 @@ class Recon(Objective):
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         if "pixel_values" not in batch:
-            raise UserError("recon needs the pictures themselves, not what a frozen tower said of them: set "
-                            "data.keep_states_gb=0.")  # fmt: skip
+            raise UserError("recon needs the pictures themselves, and this batch has none: leave data.regions out.")
         target = picture(model, batch["pixel_values"]).float()
         losses = pixel_losses(model.heads["pixels"](views.cells()).float(), target, self.channels)  # (B,)
         scored = losses if self.mismatched else losses * views.matched

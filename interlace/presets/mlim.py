@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from interlace.config import VLConfig
 from interlace.embed.conv import Blocks
+from interlace.embed.stem import ImageStem
 from interlace.embed.words import Words
 from interlace.errors import UserError
 from interlace.heads import HEADS
@@ -34,7 +35,8 @@ from interlace.systems import BERT_WORDS, Parts, bert_start
 from interlace.weights import Keys, Report, bert_layer, load_foreign
 
 
-def mlim(text: Words | None = None, image: Blocks | None = None, layers: int = 24, **changes: Any) -> VLConfig:
+def mlim(text: Words | None = None, image: Blocks | ImageStem | None = None, layers: int = 24,
+         **changes: Any) -> VLConfig:  # fmt: skip
     """The paper's size: BERT-large, 384 pixels, 12x12 cells, with the heads of pre-training. Texts of 128 words."""
     text = text or Words(LARGE, pool="tanh")
     image = image or Blocks(LARGE)
@@ -70,18 +72,26 @@ def tiny(**changes: Any) -> VLConfig:
 LARGE = Width(1024, heads=16)
 
 
-def decoder(image: Blocks, layers: int = 10) -> dict[str, Any]:
-    """The pixels head for this embedder. Raises UserError for blocks whose side is no power of two."""
-    doublings = round(math.log2(image.patch))
-    if 2**doublings != image.patch:
+def decoder(image: Blocks | ImageStem, layers: int = 10) -> dict[str, Any]:
+    """The pixels head for this embedder. Raises UserError for cells whose side in pixels is no power of two."""
+    side = round(image.cells**0.5)
+    pixels = image.size // side
+    doublings = round(math.log2(pixels))
+    if side * 2**doublings != image.size:
         raise UserError(f"the decoder doubles cells to pixels, so a block's side must be a power of two; got "
-                        f"{image.patch}, the product of the strides {image.strides}.")  # fmt: skip
-    return halving(image.width.size, image.side, doublings, layers)
+                        f"{pixels}: {side} x {side} cells of a picture of {image.size}. Choose model.size and "
+                        "model.grid or model.patch for that.")  # fmt: skip
+    return halving(image.width.size, side, doublings, layers)
 
 
 def small(parts: Parts) -> VLConfig:
-    """At the size of the parts: of seven convolutions as many have a stride as it takes to make blocks of `patch`
-    pixels. Raises UserError for a patch that is no power of two up to 128."""
+    """At the size of the parts. Where they have an image tower its grid cells stand for the CNN's: the paper's CNN
+    starts untrained, and a thousand pairs teach it next to nothing. What is hidden of them their neighbours still know
+    a little of. With `model.image=patches` the paper's CNN: of seven convolutions as many have a stride as it takes to
+    make blocks of `patch` pixels. Raises UserError for a patch that is no power of two up to 128, and for cells that
+    cannot be doubled to the picture."""
+    if parts.image is not None:
+        return mlim(text=parts.words(), image=parts.cells(parts.width(), hide=True), layers=parts.layers)
     patch = parts.what.patch
     strided = patch.bit_length() - 1
     if 2**strided != patch or not 0 < strided <= 7:

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from interlace.config import VLConfig
+from interlace.data.batches import Samples
+from interlace.data.sources import open_source
+from interlace.data.states import frozen_states
 from interlace.embed.conv import Blocks
 from interlace.embed.patches import Patches
 from interlace.embed.vilt import ViLTPatches
@@ -13,11 +16,11 @@ from interlace.embed.words import Words
 from interlace.errors import UserError
 from interlace.layers import JOINT, Width
 from interlace.learner import Learner
-from interlace.objectives import MPP, Pass
+from interlace.objectives import MLM, MPP, Pass
 from interlace.objectives.base import Views
 from interlace.objectives.mpp import normalised_patches
 from interlace.settings import load_settings
-from interlace.train import train
+from interlace.train import build_passes, make_learner, train
 from tests.conftest import toy_settings
 
 WIDTH = Width(16, heads=4, dropout=0.0, attention_dropout=0.0)
@@ -109,8 +112,26 @@ def test_parts_it_cannot_read_are_named(shapes, text_tower, image_tower, tmp_pat
         return str(error.value)
 
     assert "are pixels: take mpp" in said(system="vilt", image="patches", size=64, grid=0)
-    settings = toy_settings(shapes, text_tower, tmp_path / "run")
-    settings.objectives, settings.model.image = {"mpp": {}}, str(image_tower)
-    settings.model.size, settings.train.image_lr = 48, 0.0
-    with pytest.raises(UserError, match=r"mpp needs the pictures themselves.*data\.keep_states_gb=0"):
-        train(settings)
+
+
+def test_what_a_frozen_tower_said_and_the_pixels_it_saw_come_together(shapes, text_tower, image_tower, tmp_path):
+    settings = toy_settings(shapes, text_tower, tmp_path / "run", steps=2, evaluate=False, text_lr=0.0, log_every=1)
+    settings.objectives, settings.passes = {}, [{"mpp": {"mask": 0.3}}]
+    settings.model.image, settings.model.size, settings.train.image_lr = str(image_tower), 64, 0.0
+    passes = build_passes(settings, open_source(settings.data.source))
+    learner, processor = make_learner(settings, passes)
+    source = open_source(settings.data.source)
+    states = frozen_states(learner, processor, source, "train", 3, 1e9)
+    samples = Samples(source, "train", processor, passes, seed=0, states=states)
+    seen = set()
+    for epoch in range(6):
+        sample = samples[(epoch, 5)]
+        with torch.no_grad():
+            said = learner.eval().image.states(learner.normalise(sample["pixel_values"][None]))[0]
+        torch.testing.assert_close(said, sample["image_states"], atol=2e-3, rtol=2e-3)  # kept as float16
+        seen.add(sample["pixel_values"].numpy().tobytes())
+    assert 1 < len(seen) <= 3  # views
+    without = Samples(source, "train", processor, [Pass([(MLM(), 1.0)])], seed=0, states=states)
+    assert "pixel_values" not in without[(0, 5)] and "image_states" in without[(0, 5)]
+    logs = [json.loads(line) for line in (train(settings) / "log.jsonl").read_text().splitlines()]
+    assert any("mpp_r2" in line for line in logs)

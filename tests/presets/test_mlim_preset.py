@@ -8,14 +8,18 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForPreTraining
 
 from interlace.cli import main
+from interlace.compose import Composition
 from interlace.embed.conv import Blocks
 from interlace.errors import UserError
 from interlace.layers import Width
+from interlace.learner import Learner
 from interlace.model import VLModel
+from interlace.objectives import MAM, Recon
 from interlace.objectives.mlm import masked_words
 from interlace.objectives.reconstruct import pixel_losses
 from interlace.presets import mlim
 from interlace.run import Run
+from interlace.systems import build_system
 
 MASK = 4
 
@@ -287,3 +291,35 @@ def test_the_order_of_two_items_counts_only_through_their_own_vectors(items):
     torch.testing.assert_close(head(p, q), head(q, p))
     head.hidden.weight[:, 96:] = 0  # and of equal items |p - q| is 0, whoever they are
     torch.testing.assert_close(head(p, p), head(q, q))
+
+
+# ------------------------------------------------------------------------------------------- cells of an image tower
+
+
+def test_small_reads_a_towers_cells_and_draws_the_picture_from_them(text_tower, image_tower):
+    what = Composition(system="mlim", text=str(text_tower), image=str(image_tower), width=32, heads=4, layers=2,
+                       size=64, grid=2, max_length=16)  # fmt: skip
+    model, processor = build_system(what, [MAM(), Recon()], None, Learner)
+    model.eval()
+    spec, head = model.config.image, model.heads["pixels"]
+    assert (spec.cells, spec.hide, head.grid, head.size) == (4, True, 2, 64)
+    ids, mask = processor.texts(["a red circle"])
+    pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        kept = model.image.states(model.normalise(pixels))
+        hidden = torch.tensor([[True, False, False, False]])
+        other = kept.clone()
+        other[:, 0] += 1  # what the hidden cell would have said
+        text = model.half_text(ids, mask)
+        first, second = (model.fuse(text, model.half_from("image", states, hidden=hidden)).image
+                         for states in (kept, other))  # fmt: skip
+        assert torch.equal(first, second)
+        assert not torch.equal(first, model.fuse(text, model.half_from("image", kept)).image)
+        assert head(first).shape == (1, 3, 64, 64)
+
+
+def test_cells_that_do_not_double_to_the_picture_are_refused(text_tower, image_tower):
+    what = Composition(system="mlim", text=str(text_tower), image=str(image_tower), width=32, heads=4, layers=2,
+                       size=96, grid=2, max_length=16)  # fmt: skip
+    with pytest.raises(UserError, match=r"power of two; got 48: 2 x 2 cells of a picture of 96"):
+        build_system(what, [MAM(), Recon()], None, Learner)
