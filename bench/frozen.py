@@ -2,7 +2,8 @@
 
     python -m bench.frozen furniture food --split test --out docs/bench/frozen.json
 
-text <-> image   one linear map from the frozen picture tower to the frozen text tower: ridge, strength by folds
+text <-> image   one linear map from the frozen picture tower to the frozen text tower: ridge, strength by folds; and
+                 two maps, into what both agree on: canonical correlations, ridges and power by folds
 image -> image   the frozen picture features themselves, by category
 answers          the training majority, the blind majority for the same question, and the nearest training pictures'
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from bench.common import keep, machine, parser, show
 from interlace import towers
+from interlace.canonical import canonical
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.processor import Processor
 from interlace.data.rows import Pair, Question, Source
@@ -28,8 +30,9 @@ from interlace.data.sources import open_source
 from interlace.evaluate import by_category, two_way
 from interlace.held import scored
 from interlace.tasks.baselines import nearest_neighbour_answers, question_only_prior, ridge_alignment
-from interlace.tasks.metrics import chance_vqa, listed_accuracy, unit
+from interlace.tasks.metrics import Cosine, chance_vqa, listed_accuracy, unit
 
+RIDGES = [(image, text) for image in (0.03, 0.1, 0.3, 1.0, 3.0) for text in (0.03, 0.1, 0.3, 1.0)]
 COLUMNS = ["measure", "score", "95% interval", "chance", "queries"]
 
 
@@ -89,6 +92,11 @@ def measure(frozen: Frozen, source: Source, split: str) -> dict[str, Any]:
         )
         out["retrieval"] = two_way(ridge.similarities, [test[i].group for i in asked])
         out["retrieval"]["lambda"] = ridge.chosen
+        known, said = unit(train_images[told]), unit(train_texts[told])
+        both = canonical(known, said, [train[i].group for i in told], folds=5, ridges=RIDGES, powers=(1, 2, 4))
+        mapped = (unit(images[asked]) - known.mean(0)) @ both.image, (unit(texts[asked]) - said.mean(0)) @ both.text
+        out["canonical"] = two_way(np.asarray(Cosine(mapped[1], mapped[0])), [test[i].group for i in asked])
+        out["canonical"]["chosen"] = both.chosen
     out["image_to_image"] = by_category(unit(images), test, source)
     if source.n_questions:
         out["vqa"] = answers(source, split, (train, train_images), (test, images))
@@ -122,10 +130,11 @@ def about(source: Source, split: str, pairs: list[Pair]) -> tuple[list[Question]
 
 def rows_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
-    for way, name in (("t2i", "text to image"), ("i2t", "image to text")):
-        for k, score in figures.get("retrieval", {}).get(way, {}).items():
-            if isinstance(score, dict):
-                found.append((f"{name} {k}", score))
+    for by, how in (("retrieval", ""), ("canonical", ", canonical correlations")):
+        for way, name in (("t2i", "text to image"), ("i2t", "image to text")):
+            for k, score in figures.get(by, {}).get(way, {}).items():
+                if isinstance(score, dict):
+                    found.append((f"{name} {k}{how}", score))
     found += [(f"image to image mAP by {name}", each["mAP"]) for name, each in figures["image_to_image"].items()]
     vqa = figures.get("vqa", {})
     found += [(f"answers: {name}", vqa[name]) for name in ("question only", "nearest pictures") if name in vqa]

@@ -17,8 +17,9 @@ probes         loss of hidden words beside the own, another, a white picture; of
                another, no text (MLIM)
 
 With and without pre-training are compared query by query: mean difference, 95% interval and p over groups of rows,
-scores averaged over the seeds. What is finished is found again: the command goes on where it was stopped. Systems that
-were trained elsewhere or earlier stay on the pages as the file of --out has them.
+scores averaged over the seeds. What is finished is found again: the command goes on where it was stopped. Seeds that
+were trained elsewhere or earlier are taken from the file of --out and the values beside it, as long as their recipes
+are what they were.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 
+from bench import archive
 from bench.common import keep, machine, parser
 from bench.pages import onto_page
 from interlace.card import read_log
@@ -49,6 +51,7 @@ from interlace.train import train
 HIDDEN = {"mlim": 0.8}  # share of words, or of the picture, hidden in the probes; the paper's heavy rate
 FINETUNED = ("finetune",)
 WRITES = {"blip": ("finetune-captions", "finetune-answers"), "vision_encoder_decoder": ("finetune-captions",)}
+WHICH = ("after", "without")
 ONLY_WRITES = ("vision_encoder_decoder",)
 KINDS = {"finetune": "retrieval and answers", "finetune-captions": "captions", "finetune-answers": "written answers"}
 HEADLINES = ("text to image R@1", "image to text R@1", "text to image R@1 re-ranked top 20",
@@ -59,6 +62,11 @@ HEADLINES = ("text to image R@1", "image to text R@1", "text to image R@1 re-ran
 
 def recipes_of(system: str) -> tuple[str, ...]:
     return () if system in ONLY_WRITES else FINETUNED
+
+
+def fine_tuned(system: str) -> list[tuple[str, str]]:
+    """Each recipe of fine-tuning, after pre-training and without."""
+    return [(recipe, which) for recipe in (*recipes_of(system), *WRITES.get(system, ())) for which in WHICH]
 
 
 def measure(system: str, seed: int, source: Source, work: Path, more: list[str]) -> dict[str, Any]:
@@ -113,16 +121,24 @@ def scored(settings: Settings, source: Source, probes: float = 0) -> dict[str, A
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def gains(work: Path, system: str, seeds: list[int], source: str) -> dict[str, dict[str, Any]]:
+def values_of(work: Path, system: str, seed: int, source: str) -> archive.Archive:
+    """What the finished runs of a seed said of each query, by measure."""
+    out: archive.Archive = {}
+    for recipe, which in fine_tuned(system):
+        kept = load_kept(work / f"{system}-{seed}" / f"{recipe}-{which}" / "bench.npz")
+        out[system, seed, recipe, which] = {name: kept[source, name] for name in HEADLINES if (source, name) in kept}
+    return out
+
+
+def gains(values: archive.Archive, system: str, seeds: list[int]) -> dict[str, dict[str, Any]]:
     """{recipe: {measure: after pre-training minus without, on the same queries}}."""
     out: dict[str, dict[str, Any]] = {}
-    for recipe in (*recipes_of(system), *WRITES.get(system, ())):
-        both = [tuple(load_kept(work / f"{system}-{seed}" / f"{recipe}-{which}" / "bench.npz")
-                      for which in ("after", "without")) for seed in seeds]  # fmt: skip
+    for recipe in dict.fromkeys(recipe for recipe, _ in fine_tuned(system)):
+        both = [tuple(values[system, seed, recipe, which] for which in WHICH) for seed in seeds]
         out[recipe] = {}
         for name in HEADLINES:
-            pairs: list[tuple[Kept, Kept]] = [(after[source, name], without[source, name]) for after, without in both
-                                              if (source, name) in after and (source, name) in without]  # fmt: skip
+            pairs: list[tuple[Kept, Kept]] = [(after[name], without[name]) for after, without in both
+                                              if name in after and name in without]  # fmt: skip
             if len(pairs) < len(both):
                 continue
             difference, by_seed = paired(pairs)
@@ -320,23 +336,49 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if not given.found or all_there(system, seed, given.work):
                 print(f"\n=== {system}, seed {seed}", flush=True)
                 results.setdefault(system, {})[seed] = measure(system, seed, source, given.work, given.set)
-    more = {system: gains(given.work, system, list(one), source.name) for system, one in results.items()}
-    trained, before = list(results), json.loads(given.out.read_text()) if given.out and given.out.is_file() else {}
-    for system in PRESETS if before.get("source") == source.name else []:
-        if system not in results and system in before.get("gains", {}):
-            results[system] = {int(seed): one for seed, one in before["results"][system].items()}
-            more[system] = before["gains"][system]
+    trained = {system: list(one) for system, one in results.items()}
+    values: archive.Archive = {}
+    for system, one in trained.items():
+        for seed in one:
+            values |= values_of(given.work, system, seed, source.name)
+    if given.out:
+        add_earlier(given.out, results, values, seeds, source.name)
+    results = {system: dict(sorted(results[system].items())) for system in PRESETS if system in results}
+    more = {system: gains(values, system, list(one)) for system, one in results.items()}
     text = report(results, more, source, facts, command)
     print(text)
-    keep(given.out, {"machine": facts, "source": source.name, "gains": more,
+    keep(given.out, {"machine": facts, "source": source.name,
+                     "recipes": {system: archive.digest(names(system)) for system in results},
                      "results": {s: {str(k): v for k, v in one.items()} for s, one in results.items()}})  # fmt: skip
+    if given.out:
+        archive.save(given.out.with_suffix(".npz"), values)
     if given.pages:
         onto_page(given.pages / "results.md", text, "python -m bench.systems")
-        for system in trained:
-            on_its_page(system, results[system], given.work, given.pages)
+        for system, one in trained.items():
+            on_its_page(system, {seed: results[system][seed] for seed in one}, given.work, given.pages)
         runs = [tables(system, one) for system, one in results.items()]
         onto_page(given.pages / "runs.md", "\n\n".join(runs), "python -m bench.systems")
     return {"results": results}
+
+
+def names(system: str) -> list[str]:
+    """All recipes that a system's figures come from."""
+    return [f"{system}-small", *recipes_of(system), *WRITES.get(system, ())]
+
+
+def add_earlier(file: Path, results: dict[str, dict[int, dict[str, Any]]], values: archive.Archive, seeds: list[int],
+                source: str) -> None:  # fmt: skip
+    """Adds the seeds that `file` and the values beside it have and this folder of runs has not."""
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    known = archive.load(file.with_suffix(".npz"))
+    for system, one in before.get("results", {}).items() if before.get("source") == source else ():
+        for seed in [seed for seed in map(int, one) if seed in seeds and seed not in results.get(system, {})]:
+            runs = [(system, seed, recipe, which) for recipe, which in fine_tuned(system)]
+            if before.get("recipes", {}).get(system) != archive.digest(names(system)):
+                print(f"{system}, seed {seed}: its recipes have changed since; it is left out")
+            elif all(run in known for run in runs):
+                results.setdefault(system, {})[seed] = one[str(seed)]
+                values |= {run: known[run] for run in runs}
 
 
 def all_there(system: str, seed: int, work: Path) -> bool:

@@ -215,3 +215,25 @@ def test_cached_gradients_take_less_memory_and_differ_by_rounding(tmp_path):
     assert all(row["differs"] < 1e-5 for row in rows) and rows[0]["whole MB"] == rows[0]["cached MB"]
     assert rows[1]["whole MB"] > 4 * rows[1]["cached MB"]
     assert json.loads((tmp_path / "cached.json").read_text())["rows"] == rows
+
+
+def test_values_of_queries_survive_the_archive(tmp_path):
+    from bench import archive
+    from interlace.held import Kept
+
+    rng = np.random.default_rng(0)
+    asked = Kept(rng.random(9).round(3), np.arange(9) * 2, np.array([f"group {n // 2}" for n in range(9)]))
+    other = Kept(np.array([1.0, np.nan, 0.0]), np.array([4, 1, 7]), np.array(["a", "b", "a"]))
+    runs = {("uniter", 0, "finetune", "after"): {"answers, accuracy": asked, "captions, CIDEr": other},
+            ("uniter", 1, "finetune", "without"): {"answers, accuracy": asked}}  # fmt: skip
+    archive.save(tmp_path / "values.npz", runs)
+    back = archive.load(tmp_path / "values.npz")
+    assert back.keys() == runs.keys()
+    for run, measures in runs.items():
+        assert back[run].keys() == measures.keys()
+        for measure, kept in measures.items():
+            np.testing.assert_allclose(back[run][measure].values, kept.values, rtol=1e-6)
+            assert (back[run][measure].ids == kept.ids).all() and (back[run][measure].groups == kept.groups).all()
+    assert archive.load(tmp_path / "nothing.npz") == {}
+    before = archive.digest(["uniter-small", "finetune"])
+    assert before == archive.digest(["uniter-small", "finetune"]) != archive.digest(["vilt-small", "finetune"])
