@@ -1,6 +1,6 @@
-"""What earlier runs said of each query, kept beside the figures of `bench.systems`: machines change, and a seed that was
-trained on one is compared with seeds trained on another. Headline measures alone; a seed counts as long as its recipes
-are what they were.
+"""What earlier runs said of each query, kept beside the figures of `bench.systems`: machines change, and a seed that
+was trained on one is compared with seeds trained on another. Headline measures alone; a seed counts as long as its
+recipes are what they were.
 """
 
 from __future__ import annotations
