@@ -19,7 +19,7 @@ from interlace.run import Run, Seen, chunks
 from interlace.tasks.captions import caption_scores
 from interlace.tasks.vqa_score import AnswerScore, chance_vqa, listed_accuracy
 
-WRITTEN = 300  # questions answered in the run's own words, one at a time
+WRITTEN = 300  # questions answered in the run's own words, word by word
 CAPTIONED = 1000  # pictures a caption is written for: a word costs a forward
 BLIND = ("shuffled", "blank")  # pictures that say nothing about a question
 GUESSED = 100  # rows whose words are hidden one after the other
@@ -98,7 +98,7 @@ def listed(run: Run) -> Answerer:
 
 def own_words(run: Run) -> Answerer:
     """Answers as the decoder writes them."""
-    return lambda pictures, texts: [run.write_answer(p, t).strip().lower() for p, t in zip(pictures, texts)]
+    return lambda pictures, texts: [said.strip().lower() for said in run.write_answers(pictures, texts)]
 
 
 def answering(run: Run, source: Source, split: str, limit: int, blind: bool, say: Answerer,

@@ -278,11 +278,14 @@ class Run:
         """One question each -> (N, A) logits over the answer list. A picture that stands there several times (the same
         object) is encoded once."""
         self._needs_answers()
+        out = self.model.fuse(self.model.half_text(*self._words(questions)), self._each(pictures))
+        return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
+
+    def _each(self, pictures: Sequence[Seen]) -> Half:
+        """The image stream of each, encoded once for each object."""
         distinct = {id(picture): picture for picture in pictures}
         place = {key: n for n, key in enumerate(distinct)}
-        image = self.half_image(list(distinct.values())).rows(torch.tensor([place[id(p)] for p in pictures]))
-        out = self.model.fuse(self.model.half_text(*self._words(questions)), image)
-        return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
+        return self.half_image(list(distinct.values())).rows(torch.tensor([place[id(p)] for p in pictures]))
 
     def answer(self, picture: Image.Image, question: str, allowed: list[str] | None = None) -> list[tuple[str, float]]:
         """Answers with their probabilities, best first; they sum to 1 over the allowed ones and never leave the list.
@@ -376,8 +379,14 @@ class Run:
         return texts
 
     def write_answer(self, picture: Seen, question: str, beams: int = 3, max_length: int = 10) -> str:
-        """The answer in the run's own words; no list bounds it. Raises UserError for an empty question and for a run
-        that does not write answers."""
+        """The answer in the run's own words; no list bounds it. Raises UserError as `write_answers`."""
+        return self.write_answers([picture], [question], beams, max_length)[0]
+
+    def write_answers(self, pictures: Sequence[Seen], questions: list[str], beams: int = 3,
+                      max_length: int = 10) -> list[str]:  # fmt: skip
+        """An answer to each question about its picture, all written at once. A picture that stands there several times
+        (the same object) is encoded once. Raises UserError for an empty question and for a run that does not write
+        answers."""
         from interlace.generate import write
         from interlace.objectives.lm import read_for
 
@@ -385,13 +394,13 @@ class Run:
             choose = ", or let it choose from its list (answer)" if self.can_answer else ""
             raise UserError(f"the run in {self.folder} does not write answers: train it with the vqa_writes objective"
                             f"{choose}.")  # fmt: skip
-        if not question.strip():
+        if not all(question.strip() for question in questions):
             raise UserError("the question is empty: ask something, such as \"what is it?\".")
         with torch.inference_mode():
-            read = read_for(self.model, self.model.half_text(*self._words([question])), self.half_image([picture]))
+            read = read_for(self.model, self.model.half_text(*self._words(questions)), self._each(pictures))
             assert self.model.decoder is not None
             ids = write(self.model.decoder, read, beams=beams, max_length=max_length, min_length=0)
-        return self._texts(ids[:, 1:], self._start()[1])[0]
+        return self._texts(ids[:, 1:], self._start()[1])
 
     def _texts(self, ids: Tensor, end: int) -> list[str]:
         """Ids (B, L) -> their words up to the first end."""

@@ -269,6 +269,10 @@ def test_it_comes_to_answer_in_words(make, source, tmp_path):
         question, answer = (processor.tokenizer.decode(batches[0][f"written_{what}_ids"][row], skip_special_tokens=True)
                             for what in ("question", "answer0"))  # fmt: skip
         assert run.write_answer(Image.fromarray(pixels.permute(1, 2, 0).numpy()), question) == answer
+    pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in batches[0]["pixel_values"]]
+    shown = [pictures[n] for n in (0, 1, 0, 2, 1)]
+    asked = ["what is it?", "which colour?", "which colour is the thing in this picture?", "is it red?", "what is it?"]
+    assert run.write_answers(shown, asked) == [run.write_answer(*one) for one in zip(shown, asked)]
     with pytest.raises(UserError, match="question is empty"):
         run.write_answer(Image.new("RGB", (48, 48)), " ")
 
