@@ -41,7 +41,7 @@ class TrainSettings:
     accumulate: int = 1  # micro-batches the batch is split into
     memory: str = ""  # such as 8GB: as many micro-batches as it takes to stay below
     lr: float = 5e-4  # of everything that starts untrained
-    aligned_lr: float = 5e-5  # of the projections and the contrast, where they start aligned (model.align)
+    aligned_lr: float = 5e-5  # of projections, and the contrast over stems, where they start aligned (model.align)
     text_lr: float = 2e-5  # of the text tower; 0 freezes it
     image_lr: float = 0.0  # of the image tower; 0 freezes it
     heads_first: bool = False  # matching and answers: their heads learn alone, before anything moves

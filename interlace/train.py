@@ -37,7 +37,14 @@ from interlace.run import MARK, Run, save_run, write_json
 from interlace.settings import Settings, TrainSettings
 from interlace.systems import build_from_run, build_system
 from interlace.trainer import CollapseAlarm, VLTrainer
-from interlace.warm_start import MOST, align_contrast, align_regions, align_stems, start_frequencies
+from interlace.warm_start import (
+    MOST,
+    align_contrast,
+    align_regions,
+    align_stems,
+    projection_name,
+    start_frequencies,
+)
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
@@ -177,8 +184,9 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
 
 
 def _align_system(settings: Settings, source: Source, learner: Learner, processor: Processor,
-                  states: States | None) -> None:  # fmt: skip
-    """Regions start in the space of the words, where the pictures' features are at hand."""
+                  states: States | None) -> tuple[str, ...]:  # fmt: skip
+    """Regions start in the space of the words, where the pictures' features are at hand. Returns what the names of the
+    parameters begin with that do."""
     rows = np.asarray(source.indices("train"))
     if (regions := stored_regions(settings, source)) is not None:
         means, places = [], []
@@ -192,11 +200,13 @@ def _align_system(settings: Settings, source: Source, learner: Learner, processo
         places = [n for n in range(len(rows)) if n not in states.unreadable]
         means = [states.images[n].astype(np.float32).mean((0, 1)) for n in places]
     else:
-        return
+        return ()
     strength = align_regions(learner, np.stack(means), places, source, processor) if means else None
-    if strength is not None:
-        what = "cells" if isinstance(learner.image, ImageTower) else "regions"
-        print(f"{what} start in the space of the words: ridge regression, strength {strength:g} by cross-validation")
+    if strength is None:
+        return ()
+    what = "cells" if isinstance(learner.image, ImageTower) else "regions"
+    print(f"{what} start in the space of the words: ridge regression, strength {strength:g} by cross-validation")
+    return (projection_name(learner),)  # at the rate of the rest it would lose what it starts with
 
 
 def stored_regions(settings: Settings, source: Source) -> RegionSource | None:
@@ -229,9 +239,9 @@ def _prepare_stems(settings: Settings, source: Source, learner: Learner,
     if not settings.model.align or settings.model.start:
         return states, ()
     if settings.model.system:
-        _align_system(settings, source, learner, processor, states)
+        aligned = _align_system(settings, source, learner, processor, states)
         start_frequencies(learner, source, processor)
-        return states, ()
+        return states, aligned
     if states is None:
         return states, ()
     strength = align_stems(learner, states, source, processor)

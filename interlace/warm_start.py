@@ -244,13 +244,26 @@ WORD_BIASES = ("heads.mlm.bias", "heads.mlm.out.bias", "decoder.head.bias")
 def feature_projection(model: VLModel) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Weight (D, F) and bias (D,) of what maps a region's feature, or a cell of a tower, into the model; views of the
     parameters."""
-    if isinstance(model.image, ImageTower):
-        return model.image.project.weight, model.image.project.bias
+    linear = _projection(model)
+    if linear is None:
+        return None
     regions = _regions(model)
     if isinstance(regions, ElementRegions):  # one projection of a box's numbers and, after them, the feature
-        return regions.project.weight[:, 4 * regions.spec.geometry :], regions.project.bias
-    linear = getattr(regions, "features", None)
-    return (linear.weight, linear.bias) if isinstance(linear, nn.Linear) else None
+        return linear.weight[:, 4 * regions.spec.geometry :], linear.bias
+    return linear.weight, linear.bias
+
+
+def projection_name(model: VLModel) -> str:
+    """What the names of its parameters begin with."""
+    return next(f"{name}." for name, part in model.named_modules() if part is _projection(model))
+
+
+def _projection(model: VLModel) -> nn.Linear | None:
+    if isinstance(model.image, ImageTower):
+        return model.image.project
+    regions = _regions(model)
+    linear = regions.project if isinstance(regions, ElementRegions) else getattr(regions, "features", None)
+    return linear if isinstance(linear, nn.Linear) else None
 
 
 def normed(model: VLModel) -> bool:

@@ -16,7 +16,9 @@ from interlace.objectives.vqa_writes import GenerativeVQA
 from interlace.presets import blip, uniter
 from interlace.run import Run, save_run
 from interlace.systems import build_from_run, build_system, spread
-from interlace.warm_start import align_contrast, start_frequencies
+from interlace.train import train
+from interlace.warm_start import align_contrast, projection_name, start_frequencies
+from tests.conftest import toy_settings
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +224,19 @@ def test_patches_are_as_many_as_they_are(system, text_tower):
             build_system(what, [MLM()], None, Learner)
         else:
             compose(what, [MLM()], None, Learner)
+
+
+@pytest.mark.parametrize("system", ["uniter", "vl_bert", "vilt"])
+def test_a_projection_that_starts_aligned_learns_at_its_own_rate(system, shapes, text_tower, image_tower, tmp_path):
+    def learnt(name: str, steps: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        settings = toy_settings(shapes, text_tower, tmp_path / name, steps=steps, evaluate=False, aligned_lr=rate,
+                                text_lr=0.0, image_lr=0.0)  # fmt: skip
+        settings.objectives, settings.passes = {}, [{"mlm": {"mask": 0.4}, "itm": {"negatives": "swap"}}]
+        settings.model.system, settings.model.image, settings.model.size = system, str(image_tower), 64
+        model = Run.load(train(settings)).model
+        parameters = dict(model.named_parameters())
+        return parameters[projection_name(model) + "weight"], parameters["heads.mlm.norm.bias"]
+
+    (start, before), (still, after), (moved, _) = learnt("one", 1, 0.0), learnt("five", 5, 0.0), learnt("fast", 5, 1e-2)
+    assert torch.equal(start, still) and not torch.equal(before, after)
+    assert (moved - start).abs().max() > 1e-3
