@@ -5,7 +5,8 @@
 
 It says that a recipe can start, what it weighs and what a step costs here; only the batch is made smaller (and BLIP's
 queue with it). Systems that read regions are given stored ones: 36 of 2048 numbers, with beliefs over 1601
-classes, objects and attributes. Nothing is saved.
+classes, objects and attributes. Each recipe has a process of its own, so that its peak of memory is its own. Nothing is
+saved.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +119,8 @@ def first_steps(recipe: str, settings: Settings, source: Source, out: Path) -> R
             "peak GB": peak / (2**30 if sys.platform == "darwin" else 2**20), "load": load()}  # fmt: skip
 
 
-def alone(recipe: str, rows: int, steps: int, more: list[str]) -> Row:
+def alone(recipe: str, rows: int, steps: int, threads: int, more: list[str]) -> Row:
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data").mkdir()
@@ -134,13 +138,15 @@ def main(argv: list[str] | None = None) -> list[Row]:
     options.add_argument("--steps", type=int, default=2)
     options.add_argument("--threads", type=int, default=2)
     given = options.parse_args(argv)
-    torch.set_num_threads(given.threads)
     facts = machine("torch", "transformers")
-    rows = [alone(recipe, given.rows, given.steps, given.set) for recipe in given.recipes]
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        asked = [pool.submit(alone, recipe, given.rows, given.steps, given.threads, given.set)
+                 for recipe in given.recipes]  # fmt: skip
+        rows = [one.result() for one in asked]
     notes = [
         f"{facts['cpu']}, {given.threads} threads, load {facts['load']} at the start, float32; "
         f"torch {facts['packages']['torch']}; {given.steps} steps",
-        "peak GB: of the process up to then, so of the largest recipe so far",
+        "peak GB: of the recipe's own process, libraries and all",
     ]
     show("First steps at full size", COLUMNS, rows, notes)
     keep(given.out, {"machine": facts, "threads": given.threads, "steps": given.steps, "rows": rows})
