@@ -96,7 +96,7 @@ def measure(frozen: Frozen, source: Source, split: str) -> dict[str, Any]:
         both = canonical(known, said, [train[i].group for i in told], folds=5, ridges=RIDGES, powers=(1, 2, 4))
         mapped = (unit(images[asked]) - known.mean(0)) @ both.image, (unit(texts[asked]) - said.mean(0)) @ both.text
         out["canonical"] = two_way(np.asarray(Cosine(mapped[1], mapped[0])), [test[i].group for i in asked])
-        out["canonical"]["chosen"] = both.chosen
+        out["canonical"]["chosen"] = list(both.chosen)
     out["image_to_image"] = by_category(unit(images), test, source)
     if source.n_questions:
         out["vqa"] = answers(source, split, (train, train_images), (test, images))

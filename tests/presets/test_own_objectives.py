@@ -22,7 +22,7 @@ from interlace.train import build_passes
 SYSTEMS = sorted(PRESETS.keys() - {"vision_encoder_decoder"})
 ROWS = range(0, 144, 18)  # of eight groups
 # and the rate: BLIP's hard negatives and soft targets change as it learns, CLIP has one loss to find everything by
-STEPS = {"blip": (240, 4e-3), "clip": (320, 2e-3)}
+STEPS = {"blip": (400, 4e-3), "clip": (480, 2e-3)}
 LEFT = 0.15  # of each loss's start
 # smoothed; each row twice among what is found, the second time in the queue; drawn pixel by pixel
 SLOWLY = {("blip", "lm"): 0.3, ("blip", "itc_momentum"): 0.45, ("blip", "itm"): 0.4, ("mlim", "recon"): 0.5}
