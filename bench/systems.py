@@ -329,7 +329,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     facts, seeds = machine("torch", "transformers"), [int(s) for s in given.seeds.split(",")]
     source = open_source(["furniture", "food"])
-    command = "python -m bench.systems" + (f" --seeds {given.seeds}" if given.seeds != "0,1" else "")
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for seed in seeds:  # all systems with the first seed before any with the second
         for system in given.systems:
@@ -342,10 +341,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for seed in one:
             values |= values_of(given.work, system, seed, source.name)
     if given.out:
-        add_earlier(given.out, results, values, seeds, source.name)
+        add_earlier(given.out, results, values, source.name)
     results = {system: dict(sorted(results[system].items())) for system in PRESETS if system in results}
     more = {system: gains(values, system, list(one)) for system, one in results.items()}
-    text = report(results, more, source, facts, command)
+    all_seeds = sorted({seed for one in results.values() for seed in one})
+    text = report(results, more, source, facts, f"python -m bench.systems --seeds {','.join(map(str, all_seeds))}")
     print(text)
     keep(given.out, {"machine": facts, "source": source.name,
                      "recipes": {system: archive.digest(names(system)) for system in results},
@@ -366,13 +366,14 @@ def names(system: str) -> list[str]:
     return [f"{system}-small", *recipes_of(system), *WRITES.get(system, ())]
 
 
-def add_earlier(file: Path, results: dict[str, dict[int, dict[str, Any]]], values: archive.Archive, seeds: list[int],
+def add_earlier(file: Path, results: dict[str, dict[int, dict[str, Any]]], values: archive.Archive,
                 source: str) -> None:  # fmt: skip
-    """Adds the seeds that `file` and the values beside it have and this folder of runs has not."""
+    """Adds the seeds that `file` and the values beside it have and this folder of runs has not, asked for or not: what
+    is written back must lose none."""
     before = json.loads(file.read_text()) if file.is_file() else {}
     known = archive.load(file.with_suffix(".npz"))
     for system, one in before.get("results", {}).items() if before.get("source") == source else ():
-        for seed in [seed for seed in map(int, one) if seed in seeds and seed not in results.get(system, {})]:
+        for seed in [seed for seed in map(int, one) if seed not in results.get(system, {})]:
             runs = [(system, seed, recipe, which) for recipe, which in fine_tuned(system)]
             if before.get("recipes", {}).get(system) != archive.digest(names(system)):
                 print(f"{system}, seed {seed}: its recipes have changed since; it is left out")

@@ -237,3 +237,23 @@ def test_values_of_queries_survive_the_archive(tmp_path):
     assert archive.load(tmp_path / "nothing.npz") == {}
     before = archive.digest(["uniter-small", "finetune"])
     assert before == archive.digest(["uniter-small", "finetune"]) != archive.digest(["vilt-small", "finetune"])
+
+
+def test_a_seed_that_is_in_the_archive_is_not_lost_when_another_is_measured(tmp_path):
+    from bench import archive, systems
+    from interlace.held import Kept
+
+    one = Kept(np.array([1.0, 0.0]), np.array([3, 5]), np.array(["a", "b"]))
+    known = {("uniter", 0, "finetune", which): {"answers, accuracy": one} for which in systems.WHICH}
+    archive.save(tmp_path / "figures.npz", known)
+    before = {"source": "mine", "recipes": {"uniter": archive.digest(systems.names("uniter"))},
+              "results": {"uniter": {"0": {"finetune": "as it was"}}}}  # fmt: skip
+    (tmp_path / "figures.json").write_text(json.dumps(before))
+    results, values = {"uniter": {1: {"finetune": "new"}}}, {}
+    systems.add_earlier(tmp_path / "figures.json", results, values, "mine")
+    assert results == {"uniter": {1: {"finetune": "new"}, 0: {"finetune": "as it was"}}}
+    assert values.keys() == known.keys()
+    (tmp_path / "figures.json").write_text(json.dumps({**before, "recipes": {"uniter": "another"}}))
+    results = {"uniter": {1: {"finetune": "new"}}}
+    systems.add_earlier(tmp_path / "figures.json", results, {}, "mine")
+    assert list(results["uniter"]) == [1]  # its recipe is not what it was
