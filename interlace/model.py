@@ -28,9 +28,10 @@ class Half(NamedTuple):
 
     states: Tensor  # (B, L, D)
     mask: Tensor | None  # (B, L), 1 = real; None = all real
+    features: Tensor | None = None  # (B, F), the mean of a picture's, where the contrast head reads it
 
     def rows(self, index: Tensor) -> Half:
-        return Half(self.states[index], None if self.mask is None else self.mask[index])
+        return Half(*(None if one is None else one[index] for one in self))  # type: ignore[arg-type]
 
     def join(self, other: Half) -> Half:
         """The rows of both, one under the other; the shorter is padded. Raises nothing: lengths may differ."""
@@ -40,10 +41,9 @@ class Half(NamedTuple):
     def stack(halves: list[Half]) -> Half:
         """The rows of all, one under the other; the shorter are padded."""
         long = max(half.states.shape[1] for half in halves)
-        if all(half.mask is None and half.states.shape[1] == long for half in halves):
-            return Half(torch.cat([half.states for half in halves]), None)
-        parts = [half.padded(long) for half in halves]
-        return Half(torch.cat([p.states for p in parts]), torch.cat([p.mask for p in parts]))  # type: ignore[misc]
+        if any(half.mask is not None or half.states.shape[1] != long for half in halves):
+            halves = [half.padded(long) for half in halves]
+        return Half(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*halves)))  # type: ignore
 
     def padded(self, length: int) -> Half:
         extra = length - self.states.shape[1]
@@ -52,8 +52,9 @@ class Half(NamedTuple):
         else:
             mask = self.mask.bool()
         if not extra:
-            return Half(self.states, mask)
-        return Half(nn.functional.pad(self.states, (0, 0, 0, extra)), nn.functional.pad(mask, (0, extra)))
+            return self._replace(mask=mask)
+        states = nn.functional.pad(self.states, (0, 0, 0, extra))
+        return self._replace(states=states, mask=nn.functional.pad(mask, (0, extra)))
 
 
 def check_ids(ids: Tensor, words: int) -> None:
@@ -90,6 +91,14 @@ def padded_right(mask: Tensor | None, *given: Tensor | None) -> tuple[Tensor | N
         return mask, given, None
     order = real.logical_not().long().argsort(dim=1, stable=True)  # (B, T): the words in their order, then the padding
     return mask.gather(1, order), tuple(x if x is None else x.gather(1, order) for x in given), order.argsort(1)
+
+
+def _shown(mask: Tensor | None, hidden: Tensor | None, said: Tensor) -> Tensor | None:
+    """Which of the features `said` (B, I, F) of a picture are real and not to be guessed, (B, I); None = all."""
+    if hidden is None:
+        return mask
+    shown = ~hidden[:, hidden.shape[1] - said.shape[1] :]  # a whole picture before the cells is made of them
+    return shown if mask is None else shown & mask.bool()
 
 
 def _with_mask(embedded: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -260,6 +269,12 @@ class VLModel(LoadedWhole, PreTrainedModel):
             given["words"] = self.text
         if getattr(self.image, "masks_pixels", False):
             given["mask"] = mask
+        features = None
+        if "contrast" in self.heads and getattr(self.contrast, "features", 0):
+            if not isinstance(pixels, Regions) and given.get("states") is None:
+                given["states"], pixels = self.image.states(pixels), None
+            said = pixels.features if isinstance(pixels, Regions) else given["states"]
+            features = pool(said, _shown(mask, hidden, said), "mean")
         if hidden is not None:
             if isinstance(pixels, Regions):
                 pixels = pixels._replace(hidden=hidden)
@@ -273,7 +288,7 @@ class VLModel(LoadedWhole, PreTrainedModel):
             check_boxes(pixels.boxes, mask)
         states, mask = _with_mask(states, mask)
         streams = self.schedule.run(Streams(None, states), everyone(None, mask), stop=self._alone)
-        return Half(streams.image, mask)  # type: ignore[arg-type]
+        return Half(streams.image, mask, features)  # type: ignore[arg-type]
 
     def half_from(self, stream: str, tower_states: Tensor, mask: Tensor | None = None,
                   hidden: Tensor | None = None) -> Half:  # fmt: skip
@@ -344,10 +359,13 @@ class VLModel(LoadedWhole, PreTrainedModel):
         before fusing). A stream that meets the other in its very first layer (BLIP's text) goes on to the end of the
         schedule with the partner absent. A head that reads the `whole` takes means: of the words' states at the end of
         the schedule, since a pooler made for pairs has learnt to say one thing, whether they match; of the picture's
-        before it, since layers that were made for words make cells alike when there are no words among them.
+        features as the tower or detector gave them, or where there are none of its states before the schedule, since
+        layers that were made for words make cells alike when there are no words among them.
         """
         states = half.states
         whole = getattr(self.contrast, "whole", False)
+        if stream == "image" and half.features is not None:
+            return half.features
         alone = any(stream in layer.changes for layer in self.schedule.layers()[: self.fusion_depth])
         text = stream == "text"
         if self.fuses and (text if whole else not alone):

@@ -17,6 +17,7 @@ from interlace import towers
 from interlace.compose import Composition, check_no_grid, decoder_asked_for, grid_of
 from interlace.config import VLConfig
 from interlace.data.processor import Augment, Processor
+from interlace.embed.base import Embedder
 from interlace.embed.grid import GridRegions
 from interlace.embed.patches import Patches
 from interlace.embed.regions import RegionEmbedder
@@ -278,7 +279,8 @@ def asked_heads(config: VLConfig, objectives: list[Objective], module: Any = Non
             continue
         wanted = objective.head_for(config.text, config.image)
         if name == "contrast":
-            wanted = {**wanted, "whole": True}  # its layers were made to be run through, not to be left half-way
+            # its layers were made to be run through, not to be left half-way, and for words rather than for pictures
+            wanted = {**wanted, "whole": True, "features": features_of(config.image)}
         own = config.heads.get(name)
         if own is None and name == "answers" and hasattr(module, "answers"):
             sizes = {"size": config.text.width.size} if "size" in signature(module.answers).parameters else {}
@@ -287,6 +289,13 @@ def asked_heads(config: VLConfig, objectives: list[Objective], module: Any = Non
             own = {**own, "labels": wanted["labels"]}
         heads[name] = {**heads.get(name, {}), **wanted} if own is None else own  # two objectives may share one
     return heads
+
+
+def features_of(image: Embedder) -> int:
+    """How many numbers a tower or detector says of each cell or region; 0 for an image part that has neither."""
+    if isinstance(image, GridRegions | RegionEmbedder):
+        return image.features
+    return image.channels if isinstance(image, ImageStem) else 0
 
 
 def _what_started(what: Composition, config: VLConfig, parts: Parts, started: list[str]) -> str:

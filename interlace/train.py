@@ -43,6 +43,7 @@ from interlace.warm_start import (
     align_regions,
     align_stems,
     projection_name,
+    start_features,
     start_frequencies,
 )
 
@@ -201,7 +202,10 @@ def _align_system(settings: Settings, source: Source, learner: Learner, processo
         means = [states.images[n].astype(np.float32).mean((0, 1)) for n in places]
     else:
         return ()
-    strength = align_regions(learner, np.stack(means), places, source, processor) if means else None
+    if not means:
+        return ()
+    start_features(learner, np.mean(means, 0))
+    strength = align_regions(learner, np.stack(means), places, source, processor)
     if strength is None:
         return ()
     what = "cells" if isinstance(learner.image, ImageTower) else "regions"

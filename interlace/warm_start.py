@@ -181,7 +181,7 @@ def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: 
     if len(set(groups)) < 20:
         return None
     y, x = np.concatenate(texts), np.concatenate(pictures)  # (N, Dt), (N, Di)
-    if any(part.std(0).max() < 1e-4 * np.abs(part).max() for part in (x, y)):  # it says the same of everything but for
+    if any(part.std(0).max() <= 1e-4 * np.abs(part).max() for part in (x, y)):  # it says the same of everything but for
         return None  # rounding, as the published VL-BERT's pictures at first
     if (standard := getattr(head, "standard", None)) is not None:
         y, x = _standard(y, standard["text"]), _standard(x, standard["image"])
@@ -238,6 +238,17 @@ def start_frequencies(learner: Learner, source: Source, processor: Processor, sp
     return len(said)
 
 
+@torch.no_grad()
+def start_features(learner: Learner, mean: np.ndarray) -> bool:
+    """The biases of an untrained head that guesses features (mrfr) begin at the mean feature (F,), as those of words do
+    at their frequencies: a few hundred steps of Adam do not carry a bias that far. Returns whether there was one."""
+    biases = [bias for name, bias in learner.named_parameters() if name in FEATURE_BIASES and not bias.any()]
+    for bias in biases:
+        bias.copy_(torch.from_numpy(mean.astype(np.float32)))
+    return bool(biases)
+
+
+FEATURE_BIASES = ("heads.mrfr.bias", "heads.mrfr.out.bias")
 WORD_BIASES = ("heads.mlm.bias", "heads.mlm.out.bias", "decoder.head.bias")
 
 

@@ -11,13 +11,14 @@ from interlace.data.sources import open_source
 from interlace.errors import UserError
 from interlace.layers import Attend, FeedForward
 from interlace.learner import Learner
-from interlace.objectives import ITC, ITM, MLM, Pass
+from interlace.model import Half
+from interlace.objectives import ITC, ITM, MLM, MRFR, Pass
 from interlace.objectives.vqa_writes import GenerativeVQA
 from interlace.presets import blip, uniter
 from interlace.run import Run, save_run
 from interlace.systems import build_from_run, build_system, spread
 from interlace.train import train
-from interlace.warm_start import align_contrast, projection_name, start_frequencies
+from interlace.warm_start import align_contrast, projection_name, start_features, start_frequencies
 from tests.conftest import toy_settings
 
 
@@ -29,8 +30,8 @@ def source(shapes):
 @pytest.fixture(scope="module")
 def made(text_tower, image_tower):
     def make(system: str, *objectives, **changes):
-        what = Composition(system=system, text=str(text_tower), image=str(image_tower), width=32, heads=4, layers=2,
-                           size=64, dropout=0.0, max_length=16, **changes)  # fmt: skip
+        parts = {"text": str(text_tower), "image": str(image_tower), **changes}
+        what = Composition(system=system, width=32, heads=4, layers=2, size=64, dropout=0.0, max_length=16, **parts)
         torch.manual_seed(0)
         model, processor = build_system(what, list(objectives), None, Learner)
         return model.learn_by([Pass([(o, 1.0) for o in objectives])]), processor
@@ -112,7 +113,9 @@ def test_an_aligned_contrast_finds_partners_before_it_has_learnt(system, made, s
 
 def test_pictures_that_all_look_alike_are_left_unaligned(made, source):
     model, processor = made("vl_bert", ITC(size=16))
-    torch.nn.init.zeros_(model.image.regions.project.weight)  # pictures that say nothing
+    with torch.no_grad():
+        for part in model.image.tower.parameters():  # pictures that say nothing
+            part.zero_()
     samples = Samples(source, "train", processor, model.passes, seed=0, augment=False)
     before = model.heads["contrast"].image.weight.clone()
     assert align_contrast(model, samples, Collate(processor, None, model.passes, model.cells_to_hide())) is None
@@ -128,12 +131,48 @@ def test_what_a_contrast_over_whole_systems_reads_of_a_stream_alone(made):
     ids, mask = processor.texts(["a red circle", "a blue square on the left"])
     model.eval()
     with torch.no_grad():
-        half, picture = model.half_text(ids, mask), model.half_image(torch.rand(2, 3, 64, 64))
+        half, picture = model.half_text(ids, mask), model.half_image(pixels := torch.rand(2, 3, 64, 64))
         text, image = model.pooled_alone(half, "text"), model.pooled_alone(picture, "image")
         states = model.fuse(half, None).text
-    for n, length in enumerate(mask.sum(1)):  # words at the end, without padding; the picture before the streams meet
+        said = model.image.states(model.normalise(pixels))
+    for n, length in enumerate(mask.sum(1)):  # words at the end, without padding; the picture as the tower says it
         torch.testing.assert_close(text[n], states[n, :length].mean(0))
-    torch.testing.assert_close(image, picture.states.mean(1))
+    torch.testing.assert_close(image, said.mean(1))
+
+
+def test_a_contrast_reads_no_hidden_cells(made):
+    model, _ = made("vl_bert", ITC(size=16), MRFR())
+    said = torch.randn(2, model.config.image.cells, model.config.image.channels)
+    hidden = torch.zeros(2, 1 + said.shape[1], dtype=torch.bool)  # the whole picture, which is made of cells, first
+    hidden[0, [1, 4]] = True
+    seen = model.half_from("image", said, hidden=hidden).features
+    torch.testing.assert_close(seen[0], said[0, ~hidden[0, 1:]].mean(0))
+    torch.testing.assert_close(seen[1], said[1].mean(0))
+
+
+@pytest.mark.parametrize("system, bias", [("uniter", "bias"), ("vilt", "out.bias")])
+def test_a_head_of_features_starts_at_their_mean(made, system, bias):
+    model, _ = made(system, MRFR())
+    mean = np.random.default_rng(0).random(model.config.image.channels)
+    assert start_features(model, mean)
+    started = model.heads["mrfr"].get_parameter(bias).detach()
+    np.testing.assert_allclose(started, mean, rtol=1e-6)
+    assert not start_features(model, 2 * mean)  # what has learnt keeps what it learnt
+    np.testing.assert_allclose(started, mean, rtol=1e-6)
+
+
+def test_features_go_with_their_rows():
+    halves = [Half(torch.randn(2, n, 3), None, torch.randn(2, 5)) for n in (4, 6)]
+    both = halves[0].join(halves[1])
+    assert torch.equal(both.features, torch.cat([h.features for h in halves])) and both.mask.sum() == 20
+    assert torch.equal(both.rows(torch.tensor([3, 0])).features, both.features[[3, 0]])
+
+
+def test_pictures_without_features_are_read_before_the_streams_meet(made):
+    model, _ = made("mlim", ITC(size=16), image="patches")
+    picture = model.half_image(torch.rand(2, 3, 64, 64))
+    assert picture.features is None
+    torch.testing.assert_close(model.pooled_alone(picture, "image"), picture.states.mean(1))
 
 
 def test_what_all_vectors_have_in_common_does_not_reach_the_contrast(made, source, tmp_path):

@@ -38,15 +38,18 @@ class Contrast(nn.Module):
     The logit scale starts at ln(1/0.07) and is clamped to [0, ln 100] as in the release. `norm`: the streams arrive
     without a closing norm (a pre-norm model contrasted before its fusion layers), so norm them here. `whole`: a
     system's own layers were made to be run through: it reads the mean over the words' states after all of them, with
-    no picture there, and the mean over the picture's where it stands before the streams meet. Such means are nearly the
-    same for all rows; what `align_contrast` found they have in common is taken out first, else the first steps would
-    only push that about.
+    no picture there. `features`: numbers of a cell or region as the tower or detector says it, whose mean is what it
+    reads of a picture, as VSE++ does (Faghri et al. 2018, arXiv:1707.05612, section 3.1): the system's projection of
+    them is made for its words, and tells pictures apart along few directions. 0: there are none, and it reads the mean
+    over the picture's states before the streams meet. Such means are nearly the same for all rows; what
+    `align_contrast` found they have in common is taken out first, else the first steps would only push that about.
     """
 
     def __init__(self, text: int, image: int, size: int = 256, temperature: float = 0.07, norm: bool = False,
-                 whole: bool = False):  # fmt: skip
+                 whole: bool = False, features: int = 0):  # fmt: skip
         super().__init__()
-        self.whole = whole
+        self.whole, self.features = whole, features
+        image = features or image
         self.standard = nn.ModuleDict({"text": Standard(text), "image": Standard(image)}) if whole else None
         self.norm = nn.ModuleDict({"text": nn.LayerNorm(text), "image": nn.LayerNorm(image)}) if norm else None
         self.text, self.image = nn.Linear(text, size, bias=False), nn.Linear(image, size, bias=False)

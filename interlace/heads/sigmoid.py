@@ -13,6 +13,6 @@ class SigmoidContrast(Contrast):
     2023, arXiv:2303.15343), section 3.2: scale 10 and bias -10 at the start, so that most pairs are no match then."""
 
     def __init__(self, text: int, image: int, size: int = 256, temperature: float = 0.1, bias: float = -10.0,
-                 norm: bool = False, whole: bool = False):  # fmt: skip
-        super().__init__(text, image, size, temperature, norm, whole)
+                 norm: bool = False, whole: bool = False, features: int = 0):  # fmt: skip
+        super().__init__(text, image, size, temperature, norm, whole, features)
         self.bias = nn.Parameter(torch.tensor(bias))
