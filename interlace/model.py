@@ -270,9 +270,10 @@ class VLModel(LoadedWhole, PreTrainedModel):
         if getattr(self.image, "masks_pixels", False):
             given["mask"] = mask
         features = None
-        if "contrast" in self.heads and getattr(self.contrast, "features", 0):
+        head = dict(self.heads.items()).get("contrast")
+        if isinstance(head, Contrast) and head.features:
             if not isinstance(pixels, Regions) and given.get("states") is None:
-                given["states"], pixels = self.image.states(pixels), None
+                given["states"], pixels = self.image.states(pixels), None  # type: ignore[operator]
             said = pixels.features if isinstance(pixels, Regions) else given["states"]
             features = pool(said, _shown(mask, hidden, said), "mean")
         if hidden is not None:

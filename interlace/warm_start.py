@@ -29,6 +29,7 @@ from interlace.embed.grid import GridTower
 from interlace.embed.stem import ImageTower, TextTower
 from interlace.embed.vl_bert import ElementRegions
 from interlace.heads.pair import Standard
+from interlace.heads.predict import Tied
 from interlace.objectives.base import Views
 from interlace.objectives.mlm import word_table
 from interlace.tasks.baselines import ridge_alignment
@@ -240,15 +241,23 @@ def start_frequencies(learner: Learner, source: Source, processor: Processor, sp
 
 @torch.no_grad()
 def start_features(learner: Learner, mean: np.ndarray) -> bool:
-    """The biases of an untrained head that guesses features (mrfr) begin at the mean feature (F,), as those of words do
-    at their frequencies: a few hundred steps of Adam do not carry a bias that far. Returns whether there was one."""
-    biases = [bias for name, bias in learner.named_parameters() if name in FEATURE_BIASES and not bias.any()]
-    for bias in biases:
-        bias.copy_(torch.from_numpy(mean.astype(np.float32)))
-    return bool(biases)
+    """An untrained head that guesses features (mrfr) begins with the mean feature (F,) and nothing else, as heads of
+    words do at their frequencies. From random weights its guesses differ a third as much as the truth does, at random,
+    and a few hundred steps neither undo that nor carry a bias as far as the mean. Returns whether there was one."""
+    head = dict(learner.heads.items()).get("mrfr")
+    if isinstance(head, Tied):
+        bias, loud = head.bias, head.norm.weight  # the table is the embedder's
+    elif isinstance(last := getattr(head, "out", None), nn.Linear):
+        bias, loud = last.bias, last.weight
+    else:
+        return False
+    if bias.any():  # what has learnt keeps what it learnt
+        return False
+    bias.copy_(torch.from_numpy(mean.astype(np.float32)))
+    loud.zero_()
+    return True
 
 
-FEATURE_BIASES = ("heads.mrfr.bias", "heads.mrfr.out.bias")
 WORD_BIASES = ("heads.mlm.bias", "heads.mlm.out.bias", "decoder.head.bias")
 
 
