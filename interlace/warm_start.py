@@ -245,6 +245,8 @@ def start_features(learner: Learner, mean: np.ndarray) -> bool:
     words do at their frequencies. From random weights its guesses differ a third as much as the truth does, at random,
     and a few hundred steps neither undo that nor carry a bias as far as the mean. Returns whether there was one."""
     head = dict(learner.heads.items()).get("mrfr")
+    bias: torch.Tensor
+    loud: torch.Tensor
     if isinstance(head, Tied):
         bias, loud = head.bias, head.norm.weight  # the table is the embedder's
     elif isinstance(last := getattr(head, "out", None), nn.Linear):
