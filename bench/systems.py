@@ -48,7 +48,9 @@ from interlace.settings import Settings, load_settings
 from interlace.tasks.probes import probe
 from interlace.train import train
 
-HIDDEN = {"mlim": 0.8}  # share of words, or of the picture, hidden in the probes; the paper's heavy rate
+# share of the words, and of the picture, hidden in the probes: the paper's heavy rate, and all cells of a tower, which
+# know of each other
+HIDDEN = {"mlim": (0.8, 1.0)}
 FINETUNED = ("finetune",)
 WRITES = {"blip": ("finetune-captions", "finetune-answers"), "vision_encoder_decoder": ("finetune-captions",)}
 WHICH = ("after", "without")
@@ -74,7 +76,7 @@ def measure(system: str, seed: int, source: Source, work: Path, more: list[str])
     folder = work / f"{system}-{seed}"
     small = load_settings(f"{system}-small", [f"train.seed={seed}", f"train.out={folder / 'pretrained'}",
                                               "train.evaluate=false", *more])  # fmt: skip
-    found: dict[str, Any] = {"pretrained": scored(small, source, probes=HIDDEN.get(system, 0.4))}
+    found: dict[str, Any] = {"pretrained": scored(small, source, probes=HIDDEN.get(system, (0.4, 0.4)))}
     for recipe in (*recipes_of(system), *WRITES.get(system, ())):
         tuned = load_settings(recipe, [f"train.seed={seed}", "train.evaluate=false", *more])
         found[recipe] = {
@@ -97,7 +99,7 @@ def from_parts(tuned: Settings, small: Settings, out: Path) -> Settings:
     return settings
 
 
-def scored(settings: Settings, source: Source, probes: float = 0) -> dict[str, Any]:
+def scored(settings: Settings, source: Source, probes: tuple[float, float] | None = None) -> dict[str, Any]:
     """The run's scores on the test split, kept in its folder with the value of each query."""
     out = Path(settings.train.out)
     file = out / "bench.json"
@@ -113,7 +115,7 @@ def scored(settings: Settings, source: Source, probes: float = 0) -> dict[str, A
         content = {"seconds": facts["train_seconds"], "steps": facts["steps"], "parameters": facts["parameters"],
                    "scores": dict(rows_of(metrics)), "table": markdown(metrics)}  # fmt: skip
         if probes:
-            content["probes"] = probe(run, source, rate=probes)
+            content["probes"] = probe(run, source, rate=probes[0], cells=probes[1])
         write_json(file, content)
     return json.loads(file.read_text())
 

@@ -108,13 +108,17 @@ class MAM(MLM):
     name = "mam"
     hides_cells = True
 
-    def __init__(self, heavy: float = 0.8, light: float = 0.15, scope: str = "sample", mismatched: bool = True):
+    def __init__(self, heavy: float = 0.8, light: float = 0.15, heavy_image: float = 0.0, scope: str = "sample",
+                 mismatched: bool = True):  # fmt: skip
+        if not 0 <= heavy_image <= 1:
+            raise UserError(f"mam.heavy_image is the share of the cells to hide, up to 1, or 0 for as many as "
+                            f"mam.heavy; got {heavy_image}.")  # fmt: skip
         if not (0 < heavy < 1 and 0 < light < 1):
             raise UserError(f"mam.heavy and mam.light are shares to hide, above 0 and below 1; got {heavy} and "
                             f"{light}.")  # fmt: skip
         if scope not in SCOPES:
             raise UserError(f"mam.scope is sample or batch; got {scope!r}.")
-        self.modes = (Mode(0.0, heavy), Mode(heavy, 0.0), Mode(light, light))
+        self.modes = (Mode(0.0, heavy_image or heavy), Mode(heavy, 0.0), Mode(light, light))
         self.scope, self.mismatched = scope, mismatched
 
     def check(self, model: VLModel) -> None:

@@ -106,8 +106,9 @@ def _hidden_words(run: Run, source: Source, split: str, image: str, rate: float,
 
 
 def probe(run: Run, source: Source, split: str = "test", rate: float = 0.8, limit: int = 2000,
-          seed: int = 0) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Both probes, as far as the run's heads allow: {"mlm_loss": {"paired": {"value", "low", "high", "rows"}, "random":
+          seed: int = 0, cells: float = 0.0) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Both probes, with `rate` of the words or `cells` (0: `rate`, too) of the picture hidden, as far as the run's
+    heads allow: {"mlm_loss": {"paired": {"value", "low", "high", "rows"}, "random":
     {..., "difference", "difference_low", "difference_high", "p"}, "blank": ...}, "mlm_accuracy": ..., "recon_loss":
     ...}. A difference is that condition minus paired, on the same rows: above 0 of a loss, below 0 of the accuracy, and
     the true partner helps."""
@@ -117,7 +118,8 @@ def probe(run: Run, source: Source, split: str = "test", rate: float = 0.8, limi
         found["mlm_loss"] = {image: cost for image, (cost, _) in words.items()}
         found["mlm_accuracy"] = {image: right for image, (_, right) in words.items()}
     if "pixels" in run.model.heads:
-        found["recon_loss"] = {text: recon_loss(run, source, split, text, rate, limit, seed) for text in TEXTS}
+        found["recon_loss"] = {text: recon_loss(run, source, split, text, cells or rate, limit, seed)
+                               for text in TEXTS}  # fmt: skip
     return {name: {condition: _plain(one, of["paired"] if condition != "paired" else None)
                    for condition, one in of.items()} for name, of in found.items()}  # fmt: skip
 

@@ -100,6 +100,14 @@ def test_words_and_cells_are_hidden_by_mode_and_only_words_of_the_caption(colour
     assert torch.equal(again["hidden"], hidden) and not torch.equal(other["hidden"], hidden)
 
 
+def test_a_heavy_image_may_be_hidden_whole(colours, processor):
+    model = learner(processor, [Pass([(MAM(heavy_image=1.0), 1.0), (Recon(), 1.0)])])
+    part = batch(colours, processor, model, range(60))["parts"][0]
+    asked, hidden = (part["word_labels"] >= 0).any(1), part["hidden"]
+    heavy = hidden.any(1) & ~asked
+    assert heavy.any() and hidden[heavy].all() and not hidden[~heavy].all(1).any()
+
+
 def test_the_loss_is_the_sum_of_both_and_each_is_logged(colours, processor):
     model = learner(processor, [Pass([(MAM(), 1.0), (Recon(), 0.5)])])
     b = batch(colours, processor, model, range(12))
@@ -181,6 +189,7 @@ def test_patches_that_hide_learn_by_the_same_two(colours, processor):
 
 @pytest.mark.parametrize("wrong, said", [
     (lambda p: MAM(heavy=1.0), "mam.heavy"),
+    (lambda p: MAM(heavy_image=1.2), "mam.heavy_image"),
     (lambda p: MAM(scope="row"), "sample or batch"),
     (lambda p: ModalityDropout(0.7, 0.5), "mdo.image"),
     (lambda p: Recon("max"), "sum or mean"),
