@@ -66,8 +66,9 @@ def test_steps_with_memory_are_the_whole_at_once(writer):
 
     read, cache = context(writer), EncoderDecoderCache(DynamicCache(), DynamicCache())
     with torch.no_grad():
-        whole = writer.decoder(IDS, *read).logits
-        parts = [writer.decoder(IDS[:, a:b], *read, past_key_values=cache).logits for a, b in ((0, 3), (3, 4), (4, 6))]
+        whole = writer.decoder(IDS, read.states, read.mask).logits
+        parts = [writer.decoder(IDS[:, a:b], read.states, read.mask, past_key_values=cache).logits
+                 for a, b in ((0, 3), (3, 4), (4, 6))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
 
 
