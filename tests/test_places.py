@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from interlace import align_words, towers
 from interlace.compose import Composition, compose
@@ -152,6 +153,14 @@ def test_pictures_that_are_mirrored_or_cropped_do_not_show_what_stands_where():
             Binding().check_augment(augment)
     Binding().check_augment(Augment(smallest_crop=1, flip=False))  # another colour stands where it stood
     Binding().check_augment(load_settings("binding").augment)
+
+
+def test_a_crop_of_the_whole_area_is_the_picture():
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 90, 3), np.uint8))
+    for seed in range(5):
+        seen = Augment(smallest_crop=1, flip=False, colour=0)(wide, np.random.default_rng(seed))
+        assert seen.size == wide.size and seen.tobytes() == wide.tobytes()
+        assert Augment(smallest_crop=0.99)(wide, np.random.default_rng(seed)).size != wide.size
 
 
 def test_clauses_are_read_in_their_share_of_the_visits():

@@ -28,19 +28,23 @@ class Augment:
     colour: float = 0.2  # brightness, contrast and saturation each times 1 +- this
 
     def __call__(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-        width, height = picture.size
-        share = rng.uniform(self.smallest_crop, 1)
-        ratio = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
-        w = min(width, max(1, round(math.sqrt(share * width * height * ratio))))
-        h = min(height, max(1, round(math.sqrt(share * width * height / ratio))))
-        left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
-        picture = picture.crop((left, top, left + w, top + h))
+        if self.smallest_crop < 1:
+            picture = self._crop(picture, rng)
         if self.flip and rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.colour:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 picture = enhance(picture).enhance(1 + rng.uniform(-self.colour, self.colour))
         return picture
+
+    def _crop(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+        width, height = picture.size
+        share = rng.uniform(self.smallest_crop, 1)
+        ratio = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
+        w = min(width, max(1, round(math.sqrt(share * width * height * ratio))))
+        h = min(height, max(1, round(math.sqrt(share * width * height / ratio))))
+        left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+        return picture.crop((left, top, left + w, top + h))
 
 
 @dataclass

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 BATCH = 32
 DONE = "done.json"
+VIEWS = 2  # one more whenever the same options draw other views: stores of the old ones are no longer found
 
 
 class States:
@@ -120,7 +121,7 @@ def frozen_states(model: VLModel, processor: Processor, source: Source, split: s
 def _name(model: VLModel, processor: Processor, source: Source, split: str, views: int) -> str:
     digest = hashlib.sha256()
     shape = {k: v for k, v in asdict_shallow(processor).items() if k != "tokenizer"}
-    told = [shape, source.fingerprint, split, views, model.frozen]
+    told = [VIEWS, shape, source.fingerprint, split, views, model.frozen]
     if grid := getattr(model.config.image, "grid", 0):
         told.append(grid)
     digest.update(json.dumps(told, sort_keys=True).encode())
