@@ -182,6 +182,7 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         context: Tensor,
         context_mask: Tensor | None = None,
+        *,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,

@@ -135,7 +135,7 @@ class System:
             out["vector_text"] = model.alone(text, "text"), None
             out["vector_image"] = model.alone(image, "image"), None
         if model.decoder is not None:
-            out["written"] = model.decoder(batch.ids, *image).logits, batch.mask
+            out["written"] = model.decoder(batch.ids, *image[:2]).logits, batch.mask
         return out
 
     def learning(self, model: VLModel, batch: Batch) -> Callable[[], dict[str, Tensor]]:
@@ -228,7 +228,7 @@ class Losses:
         ids = self.own.ids.clone()
         ids[:, 0] = self.model.config.writes.start
         image = self.model.half_image(self.own.image)
-        return next_word(self.model.decoder(ids, *image).logits, written(ids))
+        return next_word(self.model.decoder(ids, *image[:2]).logits, written(ids))
 
     # ---------------------------------------------------------------------------------------------------- regions
 
