@@ -46,6 +46,9 @@ class Recon(Objective):
     everyone sees everyone. Head: pixels. Logs: recon, and recon_r2: the share of the pixels' variance that is
     explained, 0 for the batch's mean colour everywhere.
 
+    Wants whole pictures (`augment.smallest_crop: 1`): no text says how a picture was cropped, and the mean of crops is
+    another than that of the pictures it will be asked for.
+
     `recon_reduction` "sum" over channels, as in the paper; "mean" makes the loss the mean squared error, a third of it.
     `mismatched` False: a picture whose sentence ITM swapped is not scored.
     """
