@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from interlace.errors import UserError, suggest
-from interlace.streams import Sight, Streams, Visibility
+from interlace.streams import ALL, Asked, Sight, Streams, Visibility, take
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -88,13 +88,16 @@ class Attend(nn.Module):
             out = out * see.alive  # a query that may see nothing reads zero
         return self.out(out.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, context: Tensor | None, see: Sight | None) -> Tensor:
-        """`context` None: x attends to itself."""
+    def forward(self, x: Tensor, context: Tensor | None, see: Sight | None, at: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D). `context` None: x attends to itself. `at` (B or 1, n): only these of x look, and only
+        what becomes of them is returned, (B, n, D)."""
+        see = see if see is None else see.of(at)
         if self.pre:
             own = self.norm(x)
             source = own if context is None else self.norm_context(context)
-            return x + self.dropout(self.read(own, source, see))
-        return self.norm(x + self.dropout(self.read(x, x if context is None else context, see)))
+            return take(x, at) + self.dropout(self.read(take(own, at), source, see))
+        asking = take(x, at)
+        return self.norm(asking + self.dropout(self.read(asking, x if context is None else context, see)))
 
 
 class FeedForward(nn.Module):
@@ -121,8 +124,8 @@ class Block(nn.Module):
         super().__init__()
         self.attend, self.ffn = Attend(width), FeedForward(width)
 
-    def forward(self, x: Tensor, see: Sight | None) -> Tensor:
-        return self.ffn(self.attend(x, None, see))
+    def forward(self, x: Tensor, see: Sight | None, at: Tensor | None = None) -> Tensor:
+        return self.ffn(self.attend(x, None, see, at))
 
 
 # ---------------------------------------------------------------------------------------------- kinds of layers
@@ -144,15 +147,19 @@ class Kind:
 
 class Layer(nn.Module):
     """A kind of layer. Subclasses set `kind`, `crosses` (do the streams meet here?) and, where it is not both,
-    `changes` (which streams leave it other than they came), and write `forward`."""
+    `changes` (which streams leave it other than they came), and write `forward`. One that `shortens` takes `asked` as
+    well, and computes no other states of the streams that it changes."""
 
     kind: ClassVar[str] = ""
     crosses: ClassVar[bool] = False
+    shortens: ClassVar[bool] = False
     changes: tuple[str, ...] = ("text", "image")
     kinds: ClassVar[dict[str, type[Layer]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "shortens" not in vars(cls):
+            cls.shortens = False  # a forward of its own takes no `asked` unless it says so, whatever it inherits
         if cls.kind:
             Layer.kinds[cls.kind] = cls
 
@@ -178,15 +185,16 @@ class Text(Layer):
 
     kind = "text"
     changes = ("text",)
+    shortens = True
 
     def __init__(self, text: Width, image: Width):
         super().__init__(text, image)
         self.attend, self.ffn = Attend(text), FeedForward(text)
 
-    def forward(self, streams: Streams, see: Visibility) -> Streams:
+    def forward(self, streams: Streams, see: Visibility, asked: Asked = ALL) -> Streams:
         if streams.text is None:
             return streams
-        return Streams(self.ffn(self.attend(streams.text, None, see.sight("tt"))), streams.image)
+        return Streams(self.ffn(self.attend(streams.text, None, see.sight("tt"), asked.text)), streams.image)
 
 
 class Image(Layer):
@@ -194,29 +202,31 @@ class Image(Layer):
 
     kind = "image"
     changes = ("image",)
+    shortens = True
 
     def __init__(self, text: Width, image: Width):
         super().__init__(text, image)
         self.attend, self.ffn = Attend(image), FeedForward(image)
 
-    def forward(self, streams: Streams, see: Visibility) -> Streams:
+    def forward(self, streams: Streams, see: Visibility, asked: Asked = ALL) -> Streams:
         if streams.image is None:
             return streams
-        return Streams(streams.text, self.ffn(self.attend(streams.image, None, see.sight("ii"))))
+        return Streams(streams.text, self.ffn(self.attend(streams.image, None, see.sight("ii"), asked.image)))
 
 
 class Both(Layer):
     """Each stream attends to itself, with weights of its own."""
 
     kind = "both"
+    shortens = True
 
     def __init__(self, text: Width, image: Width):
         super().__init__(text, image)
         self.text, self.image = Block(text), Block(image)
 
-    def forward(self, streams: Streams, see: Visibility) -> Streams:
-        text = streams.text if streams.text is None else self.text(streams.text, see.sight("tt"))
-        image = streams.image if streams.image is None else self.image(streams.image, see.sight("ii"))
+    def forward(self, streams: Streams, see: Visibility, asked: Asked = ALL) -> Streams:
+        text = streams.text if streams.text is None else self.text(streams.text, see.sight("tt"), asked.text)
+        image = streams.image if streams.image is None else self.image(streams.image, see.sight("ii"), asked.image)
         return Streams(text, image)
 
 
@@ -230,17 +240,19 @@ class Each(Layer):
     """One block serves both streams, each attending only to itself: a single-stream layer before the streams meet."""
 
     kind = "each"
+    shortens = True
 
     def __init__(self, text: Width, image: Width):
         super().__init__(text, image)
         _one_width(text, image, self.kind)
         self.attend, self.ffn = Attend(text), FeedForward(text)
 
-    def forward(self, streams: Streams, see: Visibility) -> Streams:
-        def block(x: Tensor | None, sight: Sight | None) -> Tensor | None:
-            return None if x is None else self.ffn(self.attend(x, None, sight))
+    def forward(self, streams: Streams, see: Visibility, asked: Asked = ALL) -> Streams:
+        def block(x: Tensor | None, sight: Sight | None, at: Tensor | None) -> Tensor | None:
+            return None if x is None else self.ffn(self.attend(x, None, sight, at))
 
-        return Streams(block(streams.text, see.sight("tt")), block(streams.image, see.sight("ii")))
+        return Streams(block(streams.text, see.sight("tt"), asked.text),
+                       block(streams.image, see.sight("ii"), asked.image))  # fmt: skip
 
 
 class Joint(Layer):
@@ -251,21 +263,24 @@ class Joint(Layer):
 
     kind = "joint"
     crosses = True
+    shortens = True
 
     def __init__(self, text: Width, image: Width):
         super().__init__(text, image)
         _one_width(text, image, self.kind)
         self.attend, self.ffn = Attend(text), FeedForward(text)
 
-    def forward(self, streams: Streams, see: Visibility) -> Streams:
+    def forward(self, streams: Streams, see: Visibility, asked: Asked = ALL) -> Streams:
         text, image = streams
         if text is None or image is None:
-            sight = see.sight("ii" if text is None else "tt")
-            x = self.ffn(self.attend(image if text is None else text, None, sight))
+            sight, at = see.sight("ii" if text is None else "tt"), asked.image if text is None else asked.text
+            x = self.ffn(self.attend(image if text is None else text, None, sight, at))
             return Streams(None, x) if text is None else Streams(x, None)
+        words, cells = text.shape[1], image.shape[1]
         x = torch.cat([text, image], 1)  # (B, T+I, D)
-        x = self.ffn(self.attend(x, None, see.joint(text.shape[1], image.shape[1])))
-        return Streams(x[:, : text.shape[1]], x[:, text.shape[1] :])
+        x = self.ffn(self.attend(x, None, see.joint(words, cells), asked.joint(words, cells, x.device)))
+        words = words if asked.text is None else asked.text.shape[1]
+        return Streams(x[:, :words], x[:, words:])
 
 
 class Co(Layer):
@@ -277,6 +292,7 @@ class Co(Layer):
 
     kind = "co"
     crosses = True
+    shortens = True
 
     def __init__(self, text: Width, image: Width, tied: bool = False, ffn: bool = True, inner: int = 0, heads: int = 0):
         super().__init__(text, image)
@@ -289,12 +305,13 @@ class Co(Layer):
         if ffn:
             self.text_ffn, self.image_ffn = FeedForward(text), FeedForward(image)
 
-    def forward(self, streams: Streams, see: Visibility) -> Streams:
+    def forward(self, streams: Streams, see: Visibility, asked: Asked = ALL) -> Streams:
         if streams.text is None or streams.image is None:
-            return streams
+            return Streams(*(x if x is None else take(x, at) for x, at in zip(streams, asked)))
         by_text, by_image = (self.attend, self.attend) if self.tied else (self.text_attend, self.image_attend)
-        text = by_text(streams.text, streams.image, see.sight("ti"))
-        image = by_image(streams.image, streams.text, see.sight("it"))  # the old text: both read before either writes
+        text = by_text(streams.text, streams.image, see.sight("ti"), asked.text)
+        # the old text: both read before either writes
+        image = by_image(streams.image, streams.text, see.sight("it"), asked.image)
         return Streams(self.text_ffn(text), self.image_ffn(image)) if self.ffn else Streams(text, image)
 
 
@@ -307,18 +324,21 @@ class Read(Layer):
     kind = "read"
     crosses = True
     changes = ("text",)
+    shortens = True
 
     def __init__(self, text: Width, image: Width):
         super().__init__(text, image)
         self.attend_self, self.attend_image, self.ffn = Attend(text), Attend(text, image), FeedForward(text)
 
-    def forward(self, streams: Streams, see: Visibility) -> Streams:
+    def forward(self, streams: Streams, see: Visibility, asked: Asked = ALL) -> Streams:
         if streams.text is None:
             return streams
-        text = self.attend_self(streams.text, None, see.sight("tt"))  # (B, T, D)
+        text = self.attend_self(streams.text, None, see.sight("tt"), asked.text)  # (B, T, D)
         if streams.image is not None:
             beside = text.reshape(len(streams.image), -1, text.shape[-1])  # texts of one image read it side by side
-            text = self.attend_image(beside, streams.image, see.sight("ti")).view_as(text)  # (B, T, D)
+            seen = see.sight("ti")
+            seen = seen if seen is None else seen.of(asked.text)
+            text = self.attend_image(beside, streams.image, seen).view_as(text)  # (B, T, D)
         return Streams(self.ffn(text), streams.image)
 
 

@@ -19,7 +19,9 @@ from interlace.errors import UserError
 from interlace.heads import Contrast, build_head
 from interlace.loading import LoadedWhole
 from interlace.schedule import Schedule
-from interlace.streams import Streams, Visibility, everyone
+from interlace.streams import ALL, Asked, Streams, Visibility, everyone, take
+
+TRAINED = ("tanh", "relu")  # pools that have weights, and read position 0
 
 
 class Half(NamedTuple):
@@ -134,7 +136,7 @@ class VLModel(LoadedWhole, PreTrainedModel):
         self.schedule = Schedule(config.segments, config.text.width, config.image.width)
         widths = config.text.width.size, config.image.width.size
         specs = {"text": config.text, "image": config.image}
-        trained = {stream: spec for stream, spec in specs.items() if spec.pool in ("tanh", "relu")}
+        trained = {stream: spec for stream, spec in specs.items() if spec.pool in TRAINED}
         self.poolers = nn.ModuleDict({stream: Pooler(s.width, s.pool, s.pool_size) for stream, s in trained.items()})
         self.heads = nn.ModuleDict({name: build_head(name, o, *widths) for name, o in config.heads.items()})
         self.decoder = None
@@ -245,26 +247,44 @@ class VLModel(LoadedWhole, PreTrainedModel):
         return everyone(text_mask, image_mask)
 
     def half_text(self, input_ids: Tensor, mask: Tensor | None = None, type_ids: Tensor | None = None,
-                  see: Visibility | None = None) -> Half:  # fmt: skip
+                  see: Visibility | None = None, for_vector: bool = False) -> Half:  # fmt: skip
         """Words (B, T) -> the text stream just before fusion. `see`: which words may look at which, if not all at all;
-        then `fuse` is given the same. Raises UserError for words the model does not have, too many of them, and padding
-        before them."""
+        then `fuse` is given the same. `for_vector`: nobody will read it but `alone`, so it may hold the one state that
+        makes the vector. Raises UserError for words the model does not have, too many of them, and padding before
+        them."""
         check_ids(input_ids, self.vocabulary)
         check_mask(mask)
         states, mask = _with_mask(self.text(input_ids, mask, type_ids), mask)
-        streams = self.schedule.run(Streams(states, None), see or everyone(mask, None), stop=self._alone)
-        return Half(streams.text, mask)  # type: ignore[arg-type]
+        return self._half("text", states, mask, see or everyone(mask, None), for_vector)
+
+    def _half(self, stream: str, states: Tensor, mask: Tensor | None, see: Visibility, for_vector: bool = False,
+              features: Tensor | None = None) -> Half:  # fmt: skip
+        at = self._of_vector(stream, states, mask) if for_vector and not self._goes_on(stream) else None
+        given, asked = (dict.fromkeys(Streams._fields) | {stream: x} for x in (states, at))
+        out = self.schedule.run(Streams(**given), see, stop=self._alone, asked=Asked(**asked))
+        return Half(getattr(out, stream), mask if at is None else None, features)
+
+    def _of_vector(self, stream: str, states: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Where the state stands that the stream's vector is made of, (B or 1, 1); None: it is made of several."""
+        how = "mean" if self._reads_whole else getattr(self.config, stream).pool
+        if how in ("first", *TRAINED):
+            return torch.zeros(1, 1, dtype=torch.long, device=states.device)
+        if how == "last":
+            last = torch.full((1, 1), states.shape[1] - 1, device=states.device)
+            return last if mask is None else mask.long().sum(1, keepdim=True).clamp(min=1) - 1
+        return None
 
     def half_image(self, pixel_values: Tensor | Regions, mask: Tensor | None = None,
-                   hidden: Tensor | None = None) -> Half:  # fmt: skip
+                   hidden: Tensor | None = None, for_vector: bool = False) -> Half:  # fmt: skip
         """Pixels (B, 3, S, S), uint8 or normalised float, or regions -> the image stream just before fusion. `mask`
         (B, I); of pixels (B, H, W) for pictures of unequal sizes, if the embedder takes such. `hidden` (B, I) bool,
-        True = a region, patch or cell to be guessed. Raises UserError when the image part cannot hide any, and, unless
-        it trains, for boxes outside the picture or with their corners in the wrong order."""
-        return self._half_image(self.normalise(pixel_values), mask, hidden)
+        True = a region, patch or cell to be guessed. `for_vector` as in `half_text`. Raises UserError when the image
+        part cannot hide any, and, unless it trains, for boxes outside the picture or with their corners in the wrong
+        order."""
+        return self._half_image(self.normalise(pixel_values), mask, hidden, for_vector)
 
     def _half_image(self, pixels: Tensor | Regions | None, mask: Tensor | None, hidden: Tensor | None,
-                    **given: Any) -> Half:  # fmt: skip
+                    for_vector: bool = False, **given: Any) -> Half:  # fmt: skip
         if getattr(self.image, "reads_words", False):  # its regions share tables of the words (types, positions, norm)
             given["words"] = self.text
         if getattr(self.image, "masks_pixels", False):
@@ -288,29 +308,44 @@ class VLModel(LoadedWhole, PreTrainedModel):
         if isinstance(pixels, Regions) and not self.training:
             check_boxes(pixels.boxes, mask)
         states, mask = _with_mask(states, mask)
-        streams = self.schedule.run(Streams(None, states), everyone(None, mask), stop=self._alone)
-        return Half(streams.image, mask, features)  # type: ignore[arg-type]
+        return self._half("image", states, mask, everyone(None, mask), for_vector, features)
 
     def half_from(self, stream: str, tower_states: Tensor, mask: Tensor | None = None,
                   hidden: Tensor | None = None) -> Half:  # fmt: skip
         """What a stem's tower said, (B, L, C), kept from before -> that stream just before fusion."""
         if stream == "image":
             return self._half_image(None, mask, hidden, states=tower_states)
-        streams = Streams(self.text(None, states=tower_states), None)
-        out = self.schedule.run(streams, everyone(mask, None), stop=self._alone)
-        return Half(out.text, mask)  # type: ignore[arg-type]
+        return self._half("text", self.text(None, states=tower_states), mask, everyone(mask, None))
 
     @property
     def _alone(self) -> int:
         return self.fusion_depth if self.fuses else len(self.schedule.layers())
 
-    def fuse(self, text: Half | None, image: Half | None, see: Visibility | None = None) -> VLOutput:
-        """From the halves to the end of the schedule. With late fusion nothing is left to do. A half may be absent."""
+    def fuse(self, text: Half | None, image: Half | None, see: Visibility | None = None,
+             asked: Asked = ALL) -> VLOutput:  # fmt: skip
+        """From the halves to the end of the schedule. With late fusion nothing is left to do. A half may be absent.
+
+        `asked`: the states that somebody will read, by their positions; the output holds these alone, (B, n, D), and
+        the last layer computes no others: `fuse(text, image, asked=POOLED).pooled_text`. The pooled vectors are the
+        same whatever is asked, and so is every state, rounding aside.
+        """
         masks = None if text is None else text.mask, None if image is None else image.mask
         states = Streams(None if text is None else text.states, None if image is None else image.states)
-        streams = self.schedule.run(states, everyone(*masks) if see is None else see, start=self._alone)
+        read = [self._to_compute(name, x, at) for name, x, at in zip(Streams._fields, states, asked)]
+        streams = self.schedule.run(states, everyone(*masks) if see is None else see, self._alone, asked=Asked(*read))
         pooled = self.pooled(streams.text, masks[0], "text"), self.pooled(streams.image, masks[1], "image")
-        return VLOutput(streams.text, streams.image, *pooled)
+        words, cells = (x if x is None else take(x, at) if found is None else x[:, 1:]
+                        for x, at, found in zip(streams, asked, read))  # fmt: skip
+        return VLOutput(words, cells, *pooled)
+
+    def _to_compute(self, stream: str, states: Tensor | None, at: Tensor | None) -> Tensor | None:
+        """The asked positions behind the one that the stream's vector is made of; None = all, where it is made of more
+        than the first, or all but a few are asked for."""
+        if states is None or at is None or getattr(self.config, stream).pool not in ("first", *TRAINED):
+            return None
+        if at.shape[1] + 1 >= states.shape[1]:
+            return None
+        return nn.functional.pad(at.to(states.device), (1, 0))  # position 0 in front
 
     def pooled(self, states: Tensor | None, mask: Tensor | None, stream: str) -> Tensor | None:
         """(B, L, D) -> (B, D), as the stream's embedder says; None for a stream that is not there."""
@@ -363,30 +398,39 @@ class VLModel(LoadedWhole, PreTrainedModel):
         features as the tower or detector gave them, or where there are none of its states before the schedule, since
         layers that were made for words make cells alike when there are no words among them.
         """
-        states = half.states
-        whole = getattr(self.contrast, "whole", False)
+        states, mask = half.states, half.mask
         if stream == "image" and half.features is not None:
             return half.features
-        alone = any(stream in layer.changes for layer in self.schedule.layers()[: self.fusion_depth])
-        text = stream == "text"
-        if self.fuses and (text if whole else not alone):
-            streams = Streams(states, None) if text else Streams(None, states)
-            see = everyone(half.mask, None) if text else everyone(None, half.mask)
-            out = self.schedule.run(streams, see, start=self.fusion_depth)
-            states = out.text if text else out.image  # type: ignore[assignment]
-        pooled = pool(states, half.mask, "mean") if whole else self.pooled(states, half.mask, stream)
+        if self._goes_on(stream):
+            at = self._of_vector(stream, states, mask)
+            given, real, asked = (dict.fromkeys(Streams._fields) | {stream: x} for x in (states, mask, at))
+            out = self.schedule.run(Streams(**given), everyone(*real.values()), self.fusion_depth, asked=Asked(**asked))
+            states, mask = getattr(out, stream), mask if at is None else None
+        pooled = pool(states, mask, "mean") if self._reads_whole else self.pooled(states, mask, stream)
         assert pooled is not None
         return pooled
+
+    @property
+    def _reads_whole(self) -> bool:
+        return "contrast" in self.heads and getattr(self.contrast, "whole", False)
+
+    def _goes_on(self, stream: str) -> bool:
+        """Whether the vector of a stream alone is made of its states at the end of the schedule, not of the half's."""
+        if not self.fuses:
+            return False
+        if self._reads_whole:
+            return stream == "text"
+        return not any(stream in layer.changes for layer in self.schedule.layers()[: self.fusion_depth])
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T), padded on either side -> (B, P), L2-normalised."""
         mask, (ids,), _ = padded_right(attention_mask, input_ids)
         assert ids is not None
-        return self.alone(self.half_text(ids, mask), "text")
+        return self.alone(self.half_text(ids, mask, for_vector=True), "text")
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, P), L2-normalised."""
-        return self.alone(self.half_image(pixel_values), "image")
+        return self.alone(self.half_image(pixel_values, for_vector=True), "image")
 
 
 AutoModel.register(VLConfig, VLModel)

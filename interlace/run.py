@@ -30,6 +30,7 @@ from interlace.regions.base import fingerprint as extractor_print
 from interlace.regions.collate import collate_regions
 from interlace.regions.extract import Extractor
 from interlace.regions.open import EXTRACTORS, extractor_of
+from interlace.streams import POOLED
 from interlace.towers import quiet
 
 MARK = "run.json"  # written last: a folder without it is not finished
@@ -201,18 +202,18 @@ class Run:
             return self.stored.of(Shown(id, picture))
         return open_picture(picture, size_hint=self.processor.size)
 
-    def half_image(self, pictures: Sequence[Seen]) -> Half:
+    def half_image(self, pictures: Sequence[Seen], for_vector: bool = False) -> Half:
         """The image stream just before fusion; of a model that reads regions, the extractor finds them first, where
-        they are not given."""
+        they are not given. `for_vector`: nobody will read it but the model's `alone`."""
         if not self.processor.regions:
-            return self.model.half_image(self._pixels(cast(Any, pictures)))
+            return self.model.half_image(self._pixels(cast(Any, pictures)), for_vector=for_vector)
         new = [picture for picture in pictures if isinstance(picture, Image.Image)]
         found = iter(self.extractor(new) if new else [])
         rows = [next(found) if isinstance(picture, Image.Image) else picture for picture in pictures]
         batch = collate_regions(rows, self.processor.regions["boxes"], self.processor.regions["whole"])
         features, boxes = batch["region_features"].to(self.model.device), batch.get("region_boxes")
         regions = Regions(features, None if boxes is None else boxes.to(self.model.device))
-        return self.model.half_image(regions, batch["region_mask"].to(self.model.device))
+        return self.model.half_image(regions, batch["region_mask"].to(self.model.device), for_vector=for_vector)
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -228,7 +229,7 @@ class Run:
     @torch.inference_mode()
     def encode_pictures(self, pictures: Iterable[Image.Image], batch: int = 32) -> np.ndarray:
         """-> (N, D) float32, L2-normalised; any iterable, only one batch of it is held at a time."""
-        halves = map(self.half_image, chunks(pictures, batch))
+        halves = (self.half_image(chunk, for_vector=True) for chunk in chunks(pictures, batch))
         parts = [self.model.alone(half, "image").float().cpu().numpy() for half in halves]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
@@ -261,7 +262,7 @@ class Run:
 
     def head_logits(self, text: Half, image: Half) -> Tensor:
         """What the match head says of N pairs, as it was trained: (N,) logit of "match" above that of "no match"."""
-        fused = self.model.fuse(text, image)
+        fused = self.model.fuse(text, image, asked=POOLED)
         logits = self.model.heads["match"](fused.pooled_text, fused.pooled_image).float()
         return logits[:, 1] - logits[:, 0]
 
@@ -278,7 +279,8 @@ class Run:
         """One question each -> (N, A) logits over the answer list. A picture that stands there several times (the same
         object) is encoded once."""
         self._needs_answers()
-        out = self.model.fuse(self.model.half_text(*self._words(questions)), self._each(pictures))
+        words = self.model.half_text(*self._words(questions))
+        out = self.model.fuse(words, self._each(pictures), asked=POOLED)
         return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
 
     def _each(self, pictures: Sequence[Seen]) -> Half:

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from interlace.errors import UserError
-from interlace.layers import Kind, Layer, Width, build_layer
-from interlace.streams import Streams, Visibility
+from interlace.layers import Kind, Layer, Norm, Width, build_layer
+from interlace.streams import ALL, Asked, Streams, Visibility, take
 
 Segments = dict[str, list[Kind]]  # the boxes of the paper's figure, in order
 
@@ -33,17 +33,38 @@ class Schedule(nn.Module):
         layers = self.layers()
         return next((n for n, layer in enumerate(layers) if layer.crosses), len(layers))
 
-    def run(self, streams: Streams, see: Visibility, start: int = 0, stop: int | None = None) -> Streams:
-        """Layers `start` to `stop` (exclusive), counted over all segments."""
-        for layer in self.layers()[start:stop]:
+    def run(self, streams: Streams, see: Visibility, start: int = 0, stop: int | None = None,
+            asked: Asked = ALL) -> Streams:  # fmt: skip
+        """Layers `start` to `stop` (exclusive), counted over all segments. `asked`: the states that are returned; of a
+        stream's last layer the others are not computed."""
+        layers = self.layers()[start:stop]
+        last = {stream: last_of(stream, layers) for stream in Streams._fields}
+        for n, layer in enumerate(layers):
+            here = Asked(**{stream: at for stream, at in asked._asdict().items() if last[stream] == n})
+            given = (streams, see) if here.text is here.image is None else (streams, see, here)
             if self.gradient_checkpointing and self.training:
-                streams = checkpoint(layer, streams, see, use_reentrant=False)
+                streams = checkpoint(layer, *given, use_reentrant=False)
             else:
-                streams = layer(streams, see)
-        return streams
+                streams = layer(*given)
+        rest = (at if last[stream] < 0 else None for stream, at in asked._asdict().items())
+        return Streams(*(x if x is None else take(x, at) for x, at in zip(streams, rest)))
 
     def forward(self, streams: Streams, see: Visibility) -> Streams:
         return self.run(streams, see)
+
+
+def last_of(stream: str, layers: list[Layer]) -> int:
+    """Number of the last layer that makes a state of this stream out of others: of what comes after it, closing norms,
+    every state goes through alone. -1: there is none, or it cannot leave states out, or a later layer may read them."""
+    for n in reversed(range(len(layers))):
+        layer = layers[n]
+        if isinstance(layer, Norm):
+            continue
+        if stream in layer.changes:
+            return n if layer.shortens else -1
+        if layer.crosses:
+            return -1
+    return -1
 
 
 def fused(fusion: str, streams: str, layers: int, norm: str) -> Segments:

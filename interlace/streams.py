@@ -17,6 +17,43 @@ class Streams(NamedTuple):
     image: Tensor | None  # (B, I, D_image)
 
 
+class Asked(NamedTuple):
+    """Which states at the end of a schedule somebody reads: their positions in each stream, (B or 1, n), in any order;
+    None = all of them. What nobody reads, the last layer need not compute."""
+
+    text: Tensor | None = None
+    image: Tensor | None = None
+
+    def joint(self, words: int, cells: int, device: torch.device) -> Tensor | None:
+        """The positions in one sequence of that many words and cells; None = all."""
+        if self.text is None and self.image is None:
+            return None
+        every = [torch.arange(count, device=device).unsqueeze(0) for count in (words, cells)]
+        text, image = (whole if at is None else at for at, whole in zip(self, every))
+        rows = max(len(text), len(image))
+        return torch.cat([text.expand(rows, -1), image.expand(rows, -1) + words], 1)
+
+
+ALL = Asked()
+POOLED = Asked(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long))  # no state, only their pools
+
+
+def take(states: Tensor, at: Tensor | None) -> Tensor:
+    """(B, L, D), positions (B or 1, n) -> (B, n, D); None = all."""
+    if at is None:
+        return states
+    if len(at) == 1:
+        return states[:, at[0]]
+    return states.gather(1, at.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
+def positions_of(which: Tensor) -> Tensor:
+    """Which states (B, L) bool -> their positions (B, n), in order; n: the most of any row, the others' filled up with
+    positions that nobody asked for."""
+    most = int(which.sum(1).max()) if which.numel() else 0
+    return which.logical_not().long().argsort(dim=1, stable=True)[:, :most]
+
+
 class Sight(NamedTuple):
     """One block of visibility, ready for attention: None means everything may be seen.
 
@@ -27,6 +64,18 @@ class Sight(NamedTuple):
     mask: Tensor  # (B or 1, 1, Q or 1, K) bool, True = may be seen; no row without a True
     alive: Tensor  # (B or 1, 1, Q or 1, 1) bool, False = this query may see nothing
     memory: Callable | None = None  # (attention, states) -> keys, values, of earlier steps too (decoder.py)
+
+    def of(self, at: Tensor | None) -> Sight:
+        """The same for some of the queries, their positions (B or 1, n)."""
+        if at is None or self.mask.shape[2] == 1:
+            return self
+        mask, alive = (_rows_at(block, at) for block in (self.mask, self.alive))
+        return self._replace(mask=mask, alive=alive)
+
+
+def _rows_at(block: Tensor, at: Tensor) -> Tensor:
+    """(B or 1, 1, Q, K), positions (B or 1, n) -> (B or 1, 1, n, K)."""
+    return take(block.squeeze(1).expand(max(len(block), len(at)), -1, -1), at).unsqueeze(1)
 
 
 def sight(mask: Tensor | None) -> Sight | None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is no part of the installed package
 
-from bench import common, input_path, models, passes
+from bench import common, input_path, model_cases, models, passes
 from interlace.compose import Composition
 from interlace.data.sources import open_source
 from interlace.objectives import Pass
@@ -162,18 +162,19 @@ def test_models_that_differ_are_not_timed():
         timed.append(model)
         return model(x).square().sum()
 
-    case = models.train("toy", "step", (layer, "weight", lambda: loss(layer)), (other, "weight", lambda: loss(other)))
+    case = model_cases.train("toy", "step", (layer, "weight", lambda: loss(layer)),
+                             (other, "weight", lambda: loss(other)))  # fmt: skip
     with pytest.raises(SystemExit, match="toy, train, step: the results differ"):
         models.measure(case, repeats=1)
     assert timed == [layer, other]
     with pytest.raises(SystemExit, match="nothing was measured"):
-        models.measure(models.write("toy", "write", lambda: x, lambda: x[:, :2]), repeats=1)
+        models.measure(model_cases.write("toy", "write", lambda: x, lambda: x[:, :2]), repeats=1)
 
 
 def test_a_step_of_the_bench_learns():
     layer, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
     before = layer.weight.detach().clone()
-    models.step(layer, lambda: layer(x).square().sum())()
+    model_cases.step(layer, lambda: layer(x).square().sum())()
     assert not torch.equal(layer.weight, before) and layer.weight.grad is None
 
 

@@ -58,6 +58,9 @@ class AnswerQuestions(Objective):
     def count(self, part: Batch, batch: Batch) -> Tensor:
         return (part["answer"] >= 0).sum()
 
+    def asks(self, part: Batch) -> tuple[bool | Tensor, bool | Tensor]:
+        return False, False
+
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         out, label = views.fused(), views.part["answer"]
         logits = model.heads["answers"](out.pooled_text, out.pooled_image).float()  # (B, A)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from interlace.embed.regions import Regions
 from interlace.errors import UserError, suggest
 from interlace.model import Half, VLModel, VLOutput
-from interlace.streams import Visibility, everyone
+from interlace.streams import Asked, Visibility, everyone, positions_of
 
 if TYPE_CHECKING:
     from interlace.data.batches import Drawer
@@ -64,29 +64,42 @@ class Views:
             self._halves["image"] = self._read_image()
         return self._halves["image"]
 
-    def _read_image(self, hidden: Tensor | None = None) -> Half:
+    def _read_image(self, hidden: Tensor | None = None, for_vector: bool = False) -> Half:
         kept = self.batch.get("image_states")
         if kept is not None:
             return self.model.half_from("image", kept, hidden=hidden)
         if "region_features" in self.batch:
             regions = Regions(self.batch["region_features"], self.batch.get("region_boxes"))
-            return self.model.half_image(regions, self.batch.get("region_mask"), hidden=hidden)
-        return self.model.half_image(self.batch["pixel_values"], hidden=hidden)
+            return self.model.half_image(regions, self.batch.get("region_mask"), hidden, for_vector)
+        return self.model.half_image(self.batch["pixel_values"], None, hidden, for_vector)
 
     def text(self, name: str) -> Half:
         """`name`: "caption", "question", "other" -> the half of the words in `{name}_ids`, `{name}_mask`."""
         if name not in self._halves:
-            kept, mask = self.batch.get(f"{name}_states"), self.batch.get(f"{name}_mask")
-            self._halves[name] = (self.model.half_text(self.batch[f"{name}_ids"], mask) if kept is None
-                                  else self.model.half_from("text", kept, mask))  # fmt: skip
+            self._halves[name] = self._read_text(name)
         return self._halves[name]
+
+    def _read_text(self, name: str, for_vector: bool = False) -> Half:
+        kept, mask = self.batch.get(f"{name}_states"), self.batch.get(f"{name}_mask")
+        if kept is not None:
+            return self.model.half_from("text", kept, mask)
+        return self.model.half_text(self.batch[f"{name}_ids"], mask, for_vector=for_vector)
 
     def vector(self, name: str) -> Tensor:
         """"image" or the name of a text -> (B, P), L2-normalised, in the contrast space."""
         if name not in self._vectors:
-            half = self.image() if name == "image" else self.text(name)
+            if name not in self._halves and self._only_vectors:
+                half = self._read_image(for_vector=True) if name == "image" else self._read_text(name, for_vector=True)
+            else:
+                half = self.image() if name == "image" else self.text(name)
             self._vectors[name] = self.model.alone(half, "image" if name == "image" else "text")
         return self._vectors[name]
+
+    @property
+    def _only_vectors(self) -> bool:
+        """Nothing the model learns by reads a half but through its vector."""
+        objectives = getattr(self.model, "objectives", [])
+        return bool(objectives) and all(o.only_vectors for o, _ in objectives)
 
     # ------------------------------------------------------------------------------------ the pass's one forward
 
@@ -103,9 +116,47 @@ class Views:
                 text = self.model.half_text(self.part["text_ids"], self.part["text_mask"], see=see)
             else:  # nothing in it is hidden and nobody's sight is limited
                 text = self.text("caption")
-            self._fused = self.model.fuse(text, image, see)
+            self._asked = self._who_is_asked(text, image)
+            at = [which if which is None else positions_of(which) for which in self._asked]
+            self._at = Asked(*at)
+            self._fused = self.model.fuse(text, image, see, self._at)
             self.text_mask, self.image_mask = text.mask, None if image is None else image.mask
         return self._fused
+
+    def _who_is_asked(self, text: Half, image: Half | None) -> list[Tensor | None]:
+        """(B, T) and (B, I) bool: the states that some objective of the pass reads; None = all."""
+        assert self.plan is not None
+        wanted = [o.asks(self.part) for o, _ in self.plan.objectives if o.fused]
+        every: list[Tensor | None] = []
+        for half, asked in zip((text, image), zip(*wanted)):
+            if half is None or any(which is True for which in asked):
+                every.append(None)
+                continue
+            some = [which for which in asked if isinstance(which, Tensor)]
+            lead = half.states.shape[1] - some[0].shape[1] if some else 0  # of a picture: what stands before its cells
+            which = torch.stack(some).any(0) if some else half.states.new_zeros(half.states.shape[:2], dtype=torch.bool)
+            every.append(nn.functional.pad(which, (lead, 0)))
+        return every
+
+    def _found(self, stream: int, which: Tensor) -> Tensor:
+        """The states of the shared forward where `which` (B, L) bool, row by row in order: (n, D)."""
+        out, at = self.fused(), self._at[stream]
+        states = (out.text, out.image)[stream]
+        assert states is not None
+        if at is not None:
+            which = nn.functional.pad(which, (self._asked[stream].shape[1] - which.shape[1], 0))  # type: ignore
+            which = which.gather(1, at)
+        else:
+            which = nn.functional.pad(which, (states.shape[1] - which.shape[1], 0))
+        return states[which]
+
+    def words_where(self, which: Tensor) -> Tensor:
+        """(B, T) bool, no others than its `asks` said -> (n, D): the states of these words, row by row."""
+        return self._found(0, which)
+
+    def cells_where(self, which: Tensor) -> Tensor:
+        """(B, I) bool, no others than its `asks` said -> (n, D): the states of these regions, patches or cells."""
+        return self._found(1, which)
 
     def _text_mask(self) -> Tensor | None:
         return self.part["text_mask"] if "text_ids" in self.part else self.batch.get("caption_mask")
@@ -113,7 +164,7 @@ class Views:
     def cells(self) -> Tensor:
         """(B, I, D): states of the regions, patches or grid cells alone, without class tokens."""
         image = self.fused().image
-        assert image is not None
+        assert image is not None and self._at.image is None, "an objective reads all cells and asks for some"
         return image[:, getattr(self.model.image, "lead", 0):]
 
     @property
@@ -159,6 +210,7 @@ class Objective:
     head: ClassVar[str] = ""  # which of heads.HEADS it reads
     fused: ClassVar[bool] = False  # it reads the pass's shared forward
     hides_cells: ClassVar[bool] = False  # it hides parts of the picture
+    only_vectors: ClassVar[bool] = False  # it reads `views.vector` and nothing else of the model's streams
     reads_pixels: ClassVar[bool] = False  # of the picture itself, even where what a frozen tower said of it is kept
     stage: ClassVar[int] = 2  # of a row: 0 chooses the sentence, 1 swaps it for another's, 2 does neither
     known: ClassVar[dict[str, type[Objective]]] = {}
@@ -200,6 +252,12 @@ class Objective:
     def count(self, part: Batch, batch: Batch) -> Tensor | None:
         """How many things it scores, a scalar known before the forward; None: it divides by rows and needs no total."""
         return None
+
+    def asks(self, part: Batch) -> tuple[bool | Tensor, bool | Tensor]:
+        """Which states of the pass's shared forward it reads, of the words (B, T) and of the cells (B, I), as bool
+        masks; True = all of them, which is always right, False = none, only pooled vectors. The last layer computes
+        what some objective of the pass asks for."""
+        return True, True
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         raise TypeError(f"{type(self).__name__} has to write its loss()")

@@ -26,6 +26,7 @@ class ITC(Objective):
 
     name = "itc"
     head = "contrast"
+    only_vectors = True
 
     def __init__(self, size: int = 256, temperature: float = 0.07):
         self.size, self.temperature = size, checked_temperature(self.name, temperature)

@@ -32,6 +32,7 @@ class SigmoidITC(Objective):
 
     name = "itc_sigmoid"
     head = "contrast"
+    only_vectors = True
 
     def __init__(self, size: int = 256, temperature: float = 0.1, bias: float = -10.0):
         self.size, self.temperature, self.bias = size, checked_temperature(self.name, temperature), bias

@@ -12,6 +12,7 @@ from interlace.errors import UserError
 from interlace.model import Half, VLModel
 from interlace.objectives.base import Batch, Objective, Pairs, Scored, Views
 from interlace.objectives.whole import PAIRS, Whole, world
+from interlace.streams import POOLED
 
 
 class ITM(Objective):
@@ -98,6 +99,9 @@ class ITM(Objective):
         pairs = self.beside(model, batch, views)
         return self.score(model.heads[self.head](pairs.text, pairs.image).float(), pairs.target, pairs.weight)
 
+    def asks(self, part: Batch) -> tuple[bool | Tensor, bool | Tensor]:
+        return False, False
+
     def pairs(self, model: VLModel, batch: Batch, views: Views) -> Pairs | None:
         return None if self.negatives == "swap" else self.beside(model, batch, views)
 
@@ -137,7 +141,7 @@ class ITM(Objective):
         joined = texts[0]
         for half in texts[1:]:
             joined = joined.join(half)
-        out = model.fuse(joined, image.rows(torch.cat(images)))
+        out = model.fuse(joined, image.rows(torch.cat(images)), asked=POOLED)
         assert out.pooled_text is not None and out.pooled_image is not None
         label, scored = torch.cat(labels), torch.cat(weight).float()
         # each class weighs half, however many negatives there are to a positive: else "never a match" is a comfortable

@@ -117,11 +117,13 @@ class MLM(Objective):
     def count(self, part: Batch, batch: Batch) -> Tensor:
         return (part["word_labels"] >= 0).sum()
 
+    def asks(self, part: Batch) -> tuple[bool | Tensor, bool | Tensor]:
+        return part["word_labels"] >= 0, False
+
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
-        labels, states = views.part["word_labels"], views.fused().text
-        assert states is not None
+        labels = views.part["word_labels"]
         asked = labels >= 0
-        logits = word_logits(model, states[asked])  # (n, V): the hidden positions alone
+        logits = word_logits(model, views.words_where(asked))  # (n, V): the hidden positions alone
         target = labels[asked]
         loss = F.cross_entropy(logits, target, reduction="sum") / views.total(self)
         right = (logits.argmax(-1) == target).float().sum() / max(len(target), 1)

@@ -164,6 +164,9 @@ class ModalityDropout(Objective):
         part["text_ids"] = part["text_ids"].masked_fill(words, processor.mask_id)
         part["hidden"] = part["hidden"] | cells if "hidden" in part else cells
 
+    def asks(self, part: Batch) -> tuple[bool | Tensor, bool | Tensor]:
+        return False, False
+
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         if views.plan is None or not any(o.fused for o, _ in views.plan.objectives if o is not self):
             raise UserError("mdo hides words and cells for the other objectives of its pass, and here none reads the "

@@ -66,7 +66,7 @@ class MPP(MaskedRegions):
         asked = self.scored(views.part)
         truth = normalised_patches(model.normalise(batch["pixel_values"]),  # type: ignore[arg-type]
                                    side_of_cell(model.config.image, self.name))[asked]  # fmt: skip
-        errors = (model.heads[self.head](None, views.cells()[asked]).float() - truth).square()  # (n, 3*side*side)
+        errors = (model.heads[self.head](None, views.cells_where(asked)).float() - truth).square()  # (n, 3*side*side)
         loss = errors.mean(-1).sum() / views.total(self)
         explained = 1 - errors.detach().sum() / truth.square().sum().clamp(min=1e-6)
         return Scored(loss, {"mpp": loss.detach(), "mpp_r2": explained})

@@ -113,6 +113,9 @@ class MaskedRegions(Objective):
     def count(self, part: Batch, batch: Batch) -> Tensor:
         return self.scored(part).sum()
 
+    def asks(self, part: Batch) -> tuple[bool | Tensor, bool | Tensor]:
+        return False, self.scored(part)
+
 
 def true_features(model: VLModel, batch: Batch) -> Tensor:
     """(B, I, F): the regions' features before any was hidden; of a grid, what its tower says of the picture."""
@@ -152,10 +155,10 @@ class MRFR(MaskedRegions):
         return {"kind": "transformed", "labels": labels, "stream": "image"}
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
-        states, asked = views.cells(), self.scored(views.part)
+        asked = self.scored(views.part)
         truth = true_features(model, batch)[asked].float()  # (n, F)
         head = model.heads["mrfr"]
-        chosen = states[asked]
+        chosen = views.cells_where(asked)
         predicted = (head(chosen, feature_table(model)) if isinstance(head, Tied) else head(None, chosen)).float()
         loss = feature_losses(predicted, truth).mean(-1).sum() / views.total(self)
         spread = (truth - truth.mean(0)).square().sum().clamp(min=1e-6)
@@ -173,7 +176,7 @@ class Beliefs(MaskedRegions):
                             "without beliefs: extract them with a detector (interlace extract --detector), or use "
                             "mrfr.")  # fmt: skip
         asked = self.scored(views.part)
-        logits = model.heads[self.head](None, views.cells()[asked]).float()
+        logits = model.heads[self.head](None, views.cells_where(asked)).float()
         return logits, batch["region_beliefs"][asked].float()
 
     def logs(self, logits: Tensor, beliefs: Tensor, loss: Tensor) -> dict[str, Tensor]:
@@ -224,6 +227,6 @@ class MVRC(Beliefs):
         asked = self.scored(views.part)
         if "region_beliefs" not in batch:
             return self.asked(model, batch, views)  # type: ignore[return-value]  # says what is missing
-        logits, beliefs = model.heads["mvrc"](views.cells()[asked]).float(), batch["region_beliefs"][asked].float()
+        logits, beliefs = model.heads["mvrc"](views.cells_where(asked)).float(), batch["region_beliefs"][asked].float()
         loss = -(beliefs * F.log_softmax(logits, -1)).sum() / views.total(self)
         return Scored(loss, self.logs(logits, beliefs, loss))

@@ -83,6 +83,9 @@ class Recon(Objective):
             raise UserError(f"recon draws pictures of {head.size}x{head.size} pixels, and the model reads "
                             f"{f'{size}x{size} pixels' if size else 'no pixels'}.")  # fmt: skip
 
+    def asks(self, part: Batch) -> tuple[bool | Tensor, bool | Tensor]:
+        return False, True
+
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         if "pixel_values" not in batch:
             raise UserError("recon needs the pictures themselves, and this batch has none: leave data.regions out.")

@@ -49,6 +49,9 @@ class RegionLabels(MaskedRegions):
         mask = batch.get("region_mask")
         return part["hidden"].new_tensor(part["hidden"].numel() if mask is None else int(mask.sum()), dtype=torch.long)
 
+    def asks(self, part: Batch) -> tuple[bool | Tensor, bool | Tensor]:
+        return False, True
+
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         said = model.heads["regions"](views.cells())
         total, parts, logs = views.total(self), list[Tensor](), dict[str, Tensor]()

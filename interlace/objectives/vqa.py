@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from interlace.errors import UserError
 from interlace.model import VLModel
 from interlace.objectives.base import Batch, Objective, Pairs, Scored, Views, mean
+from interlace.streams import POOLED
 
 
 class VQA(Objective):
@@ -63,7 +64,8 @@ class VQA(Objective):
         words, rows = views.text(names[0]), torch.arange(len(target), device=target.device).repeat(len(names))
         for name in names[1:]:
             words = words.join(views.text(name))
-        out = model.fuse(words, views.image() if len(names) == 1 else views.image().rows(rows))
+        image = views.image() if len(names) == 1 else views.image().rows(rows)
+        out = model.fuse(words, image, asked=POOLED)
         assert out.pooled_text is not None and out.pooled_image is not None
         scores = target.transpose(0, 1).flatten(0, 1)  # (questions * B, A)
         real = torch.cat([batch[f"{name}_real"] for name in names])

@@ -20,7 +20,7 @@ from interlace.heads.pair import two_each
 from interlace.layers import IMAGE, READ, Attend, FeedForward, Kind, Layer, Width, norm
 from interlace.model import Half, VLModel
 from interlace.sharded import one_number
-from interlace.streams import Streams, Visibility, sight
+from interlace.streams import POOLED, Streams, Visibility, sight
 from interlace.systems import BERT_WORDS, Parts, bert_start
 
 
@@ -168,7 +168,7 @@ def compare(model: VLModel, text: Half, pictures: Half) -> Tensor:
     a model without the head."""
     head = task_head(model.heads, "nlvr2", "blip_nlvr2")
     two_each(len(text.states), len(pictures.states))
-    return head(model.fuse(text, pictures).pooled_text)
+    return head(model.fuse(text, pictures, asked=POOLED).pooled_text)
 
 
 def small(parts: Parts) -> VLConfig:

@@ -9,7 +9,7 @@ import torch
 from interlace.config import VLConfig
 from interlace.embed.clip import MEAN, STD, CLIPPatches, CLIPWords
 from interlace.layers import IMAGE, NORM, Kind, Text, Width
-from interlace.streams import Streams, Visibility
+from interlace.streams import ALL, Asked, Streams, Visibility
 from interlace.systems import Parts
 from interlace.weights import Flip, Lead
 
@@ -18,13 +18,14 @@ class Causal(Text):
     """The text attends to itself, each word to the words up to itself, in whatever task: the encoder was trained so."""
 
     kind = "causal"
+    shortens = True
 
-    def forward(self, streams: Streams, see: Visibility) -> Streams:
+    def forward(self, streams: Streams, see: Visibility, asked: Asked = ALL) -> Streams:
         if streams.text is None:
             return streams
         length = streams.text.shape[1]
         past = torch.ones(1, length, length, dtype=torch.bool, device=streams.text.device).tril()
-        return super().forward(streams, Visibility(tt=past if see.tt is None else past & see.tt))
+        return super().forward(streams, Visibility(tt=past if see.tt is None else past & see.tt), asked)
 
 
 def width(size: int, heads: int) -> Width:

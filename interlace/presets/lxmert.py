@@ -25,6 +25,7 @@ from interlace.heads import HEADS, task_head
 from interlace.heads.pair import side_by_side, two_each
 from interlace.layers import BOTH, IMAGE, TEXT, Width, co
 from interlace.model import Half, VLModel
+from interlace.streams import POOLED
 from interlace.systems import BERT_WORDS, Parts, bert_start
 from interlace.weights import bert_layer
 
@@ -136,7 +137,7 @@ def compare(model: VLModel, text: Half, pictures: Half) -> Tensor:
     head, texts = task_head(model.heads, "nlvr2", "lxmert_nlvr2"), len(text.states)
     two_each(texts, len(pictures.states))
     twice = torch.arange(texts, device=text.states.device).repeat_interleave(2)  # 0, 0, 1, 1, ...
-    return head(model.fuse(text.rows(twice), pictures).pooled_text)
+    return head(model.fuse(text.rows(twice), pictures, asked=POOLED).pooled_text)
 
 
 # Section 3: all summed in one forward. A mismatched pair scores all but the answer; the paper asks questions in the

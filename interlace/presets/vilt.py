@@ -13,6 +13,7 @@ from interlace.embed.vilt import ViLTPatches, ViLTWords
 from interlace.heads import HEADS
 from interlace.layers import JOINT, Width, norm
 from interlace.model import Half, VLModel
+from interlace.streams import POOLED
 from interlace.systems import BERT_WORDS, Parts, bert_start
 
 
@@ -105,7 +106,7 @@ def picture(model: VLModel, pixels: Tensor, mask: Tensor | None = None, number: 
 
 def compare(model: VLModel, text: Half, first: Half, second: Half) -> Tensor:
     """NLVR2: is the text true of the two pictures? One pass for each, then both pooled texts: (B, 2), 1 = true."""
-    both = [model.fuse(text, image).pooled_text for image in (first, second)]
+    both = [model.fuse(text, image, asked=POOLED).pooled_text for image in (first, second)]
     return model.heads["nlvr2"](torch.cat(both, -1))  # type: ignore[arg-type]
 
 

@@ -72,9 +72,14 @@ PRETRAIN: list[dict[str, Any]] = [
 ]
 
 
+def answer_place(mask: Tensor) -> Tensor:
+    """VQA asks "question ? [MASK] [SEP]" and reads the state of that [MASK]: mask (B, T) -> where it stands, (B,)."""
+    return mask.long().sum(1) - 2
+
+
 def answer_states(states: Tensor, mask: Tensor) -> Tensor:
-    """VQA asks "question ? [MASK] [SEP]" and reads the state of that [MASK]: (B, T, D), mask (B, T) -> (B, D)."""
-    return states[torch.arange(len(states), device=states.device), mask.long().sum(1) - 2]
+    """The state of that [MASK]: (B, T, D), mask (B, T) -> (B, D)."""
+    return states[torch.arange(len(states), device=states.device), answer_place(mask)]
 
 
 class Grounding(nn.Module):

@@ -20,6 +20,7 @@ from interlace.errors import UserError
 from interlace.heads import HEADS, task_head
 from interlace.layers import JOINT, Width
 from interlace.model import Half, VLModel
+from interlace.streams import POOLED
 from interlace.systems import Parts, bert_start
 from interlace.weights import Keys, bert_layer
 
@@ -146,7 +147,7 @@ def choose(model: VLModel, answers: Half, pictures: Half, choices: int = 4) -> T
                         f"{len(answers.states)}: give all answers of the first question, then all of the second, and "
                         "a picture for each question.")  # fmt: skip
     own = torch.arange(count, device=pictures.states.device).repeat_interleave(choices)  # 0, 0, 0, 0, 1, ...
-    return head(model.fuse(answers, pictures.rows(own)).pooled_text).view(count, choices)
+    return head(model.fuse(answers, pictures.rows(own), asked=POOLED).pooled_text).view(count, choices)
 
 
 _BODY: Keys = {

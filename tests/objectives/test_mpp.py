@@ -17,7 +17,6 @@ from interlace.errors import UserError
 from interlace.layers import JOINT, Width
 from interlace.learner import Learner
 from interlace.objectives import MLM, MPP, Pass
-from interlace.objectives.base import Views
 from interlace.objectives.mpp import normalised_patches
 from interlace.settings import load_settings
 from interlace.train import build_passes, make_learner, train
@@ -70,14 +69,19 @@ def test_a_hidden_patch_shows_nothing_of_itself_and_alone_is_scored(part):
     other = pixels.clone()
     other[:, :, :8, :8] = 255 - other[:, :, :8, :8]  # the first of four, which is hidden
     other[:, :, 8:, 8:] = other[:, :, 8:, 8:].flip(-1)  # the last
-    seen = [Views(model, b, b["parts"][0], model.passes[0]) for b in (given(pixels), given(other))]
-    states = [views.cells() for views in seen]
+
+    def cells(pixels):
+        batch = given(pixels)
+        image = model.half_image(pixels, hidden=batch["parts"][0]["hidden"])
+        return model.fuse(model.half_text(batch["caption_ids"]), image).image[:, getattr(model.image, "lead", 0) :]
+
+    states = [cells(pixels), cells(other)]
     assert states[0].shape == (2, 4, 16) and torch.equal(*states)
     first, second = (model(**given(x))["losses"]["mpp"] for x in (pixels, other))
     assert abs(first - second) > 1e-3  # and what is to be guessed is another
     shown = pixels.clone()
     shown[:, :, :8, 8:] = 0
-    assert not torch.equal(Views(model, given(shown), given(shown)["parts"][0], model.passes[0]).cells(), states[0])
+    assert not torch.equal(cells(shown), states[0])
     truth = normalised_patches(model.normalise(pixels), 8)[:, [0, 3]]
     said = model.heads["patches"](None, states[0][:, [0, 3]])
     torch.testing.assert_close(first, (said - truth).square().mean())

@@ -76,21 +76,46 @@ def learnt(name, named, curve):
                for key in named)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_eight_rows_are_learnt_by_heart_with_its_own_passes(name, source, regions, text_tower):
+def made(name, source, regions, text_tower):
+    """The tiny model with its passes, in evaluation, so without dropout, and one batch of eight rows."""
     passes, tokenizer = passes_of(name, source), towers.load_tokenizer(text_tower)
     answers = [len(o.answers) for one in passes for o, _ in one.objectives if o.name == "answers"]
     config = tiny(name, tokenizer, *(answers or [0]))
     torch.manual_seed(0)
-    model, spec = Learner(config).learn_by(passes).eval(), config.image  # in evaluation, so without dropout
+    model, spec = Learner(config).learn_by(passes).eval(), config.image
     stored = isinstance(spec, RegionEmbedder)
     size, mean, std = (32, [0.5] * 3, [0.5] * 3) if stored else (spec.size, list(spec.mean), list(spec.std))
     processor = Processor(tokenizer, size, mean, std, "pad", 16, Augment())
     samples = Samples(source, "train", processor, passes, seed=3, augment=False, regions=regions if stored else None)
     collate = Collate(processor, None, passes, model.cells_to_hide(), (getattr(spec, "boxes", 4), name in WHOLE))
-    batch = collate([samples[(0, row)] for row in ROWS])
+    return model.attach(8, 8), collate([samples[(0, row)] for row in ROWS])
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_what_is_computed_of_the_last_layer_changes_no_loss(name, source, regions, text_tower, monkeypatch):
+    """Objectives say which states they read; with all of them computed it is the same loss and the same gradient."""
+    model, batch = made(name, source, regions, text_tower)
+    model.before_step(1.0)
+    found = []
+    for every in (False, True):
+        if every:
+            for objective, _ in model.objectives:
+                monkeypatch.setattr(objective, "asks", lambda part: (True, True))
+                monkeypatch.setattr(objective, "only_vectors", False)
+        model.zero_grad()
+        out = model(**batch)
+        out["loss"].backward()
+        found.append((out["losses"], {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    for some, whole in zip(*found):
+        torch.testing.assert_close({key: some.get(key, torch.zeros_like(x)) for key, x in whole.items()}, whole,
+                                   atol=1e-4, rtol=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_eight_rows_are_learnt_by_heart_with_its_own_passes(name, source, regions, text_tower):
+    model, batch = made(name, source, regions, text_tower)
+    passes = model.passes
     assert len(set(batch["group"].tolist())) == 8
-    model.attach(8, 8)
     named = [f"{one.name}/{o.name}" if one.name else o.name for one in passes for o, _ in one.objectives]
     named = [key.replace("mam", "mlm") for key in named]  # which logs what it hid of the words
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
