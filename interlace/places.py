@@ -7,6 +7,8 @@ hundreds of steps on real pictures find none of them. So every step is given som
     words   sinusoids over the order of the tokens (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)
     cells   a random vector for the row plus one for the column: cells of a row, and of a column, are alike in that
     cross   query and key start as one map, so a word attends to the cells that look like it (stems start aligned)
+    joint   in one sequence what a word looks most like is itself: words and cells say loudly which they are, and every
+            second layer, as many as a model of two streams has, begins by looking for the other kind
     match   its head starts as torch starts a linear layer, two or three times as loud as 0.02
 """
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from interlace.model import VLModel
 
 WORDS, CELLS = 0.3, 0.7  # root mean square of the positions, beside aligned states of 1
+KIND, OTHER = 0.5, 4.0  # the same of what says word or cell; how much likeness a key of the other kind has ahead
 
 
 @torch.no_grad()
@@ -39,21 +42,32 @@ def start_places(model: VLModel) -> None:
         if side * side == count:
             rows, columns = torch.randn(side, 1, width), torch.randn(1, side, width)
             cells.positions.copy_(CELLS / math.sqrt(2) * (rows + columns).reshape(1, count, width))
+    joint = [layer for layer in model.schedule.layers() if isinstance(layer, Joint)]
+    if joint and words.positions is not None and isinstance(cells, ImageTower):
+        kind = torch.randn(words.positions.shape[-1]).sign().to(words.positions.device)  # of equal size in every head
+        words.positions.add_(kind, alpha=KIND)
+        cells.positions.sub_(kind, alpha=KIND)
+        for one in joint[::2]:
+            read_alike(one.attend)
+            one.attend.key.weight.sub_(torch.outer(kind, kind), alpha=OTHER / len(kind))
     for layer in model.schedule.layers():
         for attend in meeting(layer):
-            if attend.query.weight.shape[0] == attend.query.weight.shape[1] == attend.key.weight.shape[1]:
-                same = torch.eye(len(attend.query.weight), device=attend.query.weight.device)
-                attend.query.weight += same
-                attend.key.weight += same
+            read_alike(attend)
     for part in model.heads["match"].modules() if "match" in model.heads else ():
         if isinstance(part, nn.Linear):  # what depends on three things at once is quiet enough
             part.reset_parameters()
 
 
+def read_alike(attend: Attend) -> None:
+    """Query and key start as one map, where both streams are as wide as the attention."""
+    if attend.query.weight.shape[0] == attend.query.weight.shape[1] == attend.key.weight.shape[1]:
+        same = torch.eye(len(attend.query.weight), device=attend.query.weight.device)
+        attend.query.weight += same
+        attend.key.weight += same
+
+
 def meeting(layer: object) -> list[Attend]:
-    """The attentions of a layer in which one stream reads the other."""
-    if isinstance(layer, Joint):
-        return [layer.attend]
+    """The attentions of a layer in which one stream reads the other, and only the other."""
     if isinstance(layer, Read):
         return [layer.attend_image]
     if isinstance(layer, Co):
