@@ -155,8 +155,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(fusion):
     assert total == pytest.approx(loss.item(), rel=1e-5)
     expected, got = gradients(whole), gradients(pieces)
     assert expected.keys() == got.keys()
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], atol=2e-6, rtol=1e-3, msg=name)
+    for name in expected:  # sums of numbers as large as the largest round off that much
+        large = max(1.0, expected[name].abs().max().item())
+        torch.testing.assert_close(got[name], expected[name], atol=2e-6 * large, rtol=1e-3, msg=name)
 
 
 RANK = """
