@@ -110,10 +110,13 @@ def load_settings(file: str | Path | None, overrides: list[str] | None = None) -
             value = text
         _lay(given, key.strip().split("."), value, override)
     # an objective without options may be written as a bare line, `itc:`, and left out again by `objectives.itm=false`
+    left_out: set[str] = set()
     if isinstance(given["objectives"], dict):
+        left_out = {name for name, options in given["objectives"].items() if options is False}
+        _check_left_out(left_out)
         asked = given["objectives"].items()
-        given["objectives"] = {name: options or {} for name, options in asked if options is not False}
-    given["passes"] = _plain_passes(given.get("passes") or [])
+        given["objectives"] = {name: _options(options) for name, options in asked if options is not False}
+    given["passes"] = _plain_passes(given.get("passes") or [], left_out)
     if given["passes"] and given["objectives"]:
         raise UserError("give either objectives, each with a forward of its own, or passes, whose objectives share "
                         f"one; got objectives {', '.join(given['objectives'])} beside passes.")  # fmt: skip
@@ -126,14 +129,30 @@ def load_settings(file: str | Path | None, overrides: list[str] | None = None) -
         raise UserError(_plainly(error)) from None
 
 
-def _plain_passes(given: Any) -> list[dict[str, Any]]:
-    """A bare line `mlm:` means its defaults, `mlm: false` leaves it out. Raises UserError for anything but mappings."""
+def _options(given: Any) -> Any:
+    """A bare line, and `true`, mean the defaults."""
+    return {} if given is None or given is True else given
+
+
+def _check_left_out(names: set[str]) -> None:
+    """Raises UserError for a name that no objective has: leaving it out would leave out nothing."""
+    from interlace.objectives import Objective  # which imports the models; most configs leave nothing out
+
+    for name in sorted(names - Objective.known.keys()):
+        raise UserError(f"objectives.{name}=false leaves out nothing: no objective is called {name!r} (known: "
+                        f"{', '.join(sorted(Objective.known))}).{suggest(name, Objective.known)}")  # fmt: skip
+
+
+def _plain_passes(given: Any, left_out: set[str]) -> list[dict[str, Any]]:
+    """A bare line `mlm:` means its defaults, `mlm: false`, or `objectives.mlm=false`, leaves it out, and a pass of
+    which nothing is left. Raises UserError for anything but mappings."""
     if not isinstance(given, list) or not all(isinstance(one, dict) and one for one in given):
         raise UserError("passes: expected a list of mappings from objectives to their options, such as "
                         f"[{{mlm: {{mask: 0.15}}, itm: {{negatives: swap}}}}]; got {given!r}.")  # fmt: skip
     plain = ("share", "image", "name")
-    return [{k: v if k in plain else v or {} for k, v in one.items() if k in plain or v is not False}
-            for one in given]  # fmt: skip
+    passes = [{k: v if k in plain else _options(v) for k, v in one.items()
+               if k in plain or (v is not False and k not in left_out)} for one in given]  # fmt: skip
+    return [one for one in passes if one.keys() - set(plain)]
 
 
 def _plainly(error: argparse.ArgumentError) -> str:

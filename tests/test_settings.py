@@ -32,6 +32,25 @@ def test_values_of_the_right_type_pass(override):
     load_settings("demo", [override])
 
 
+def test_an_objective_is_left_out_of_passes_too():
+    """Whoever has no questions is told `objectives.answers=false`, of every recipe."""
+    before, after = load_settings("lxmert-small"), load_settings("lxmert-small", ["objectives.answers=false"])
+    assert any("answers" in one for one in before.passes) and not any("answers" in one for one in after.passes)
+    assert [set(one) for one in after.passes] == [set(one) - {"answers"} for one in before.passes]
+    text = load_settings("vl_bert-small")
+    alone = load_settings("vl_bert-small", ["objectives.mrfr=false", "objectives.mlm=false"])
+    assert len(text.passes) == 2 and alone.passes == []  # a pass of which nothing is left is gone
+
+
+def test_an_objective_may_be_asked_for_by_true():
+    assert load_settings("demo", ["objectives.mlm=true"]).objectives["mlm"] == {}
+
+
+def test_leaving_out_what_is_no_objective_is_refused():
+    with pytest.raises(UserError, match=r"no objective is called 'answer'.* Did you mean 'answers'"):
+        load_settings("lxmert-small", ["objectives.answer=false"])
+
+
 def test_data_named_as_a_config_is_recognised(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shop.csv").write_text("image,caption\n")
