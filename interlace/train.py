@@ -354,11 +354,13 @@ def _check(t: TrainSettings) -> None:
 
 
 def _same_settings(out: Path, settings: Settings) -> None:
-    """A folder belongs to one experiment. Raises UserError naming the first setting that differs."""
+    """A folder belongs to one experiment, from its first step on: a run that failed before one leaves nothing that
+    other settings could spoil. Raises UserError naming the first settings that differ."""
     import yaml
 
     file = out / "config.yaml"
-    if not file.is_file():
+    begun = (out / MARK).is_file() or (out / LOG).is_file() or (out / CHECKPOINTS).is_dir()
+    if not (file.is_file() and begun):
         return
     now, before = _flat(settings.to_dict()), _flat(yaml.safe_load(file.read_text()))
     # what an older version did not write had today's default

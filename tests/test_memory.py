@@ -131,3 +131,10 @@ def test_settings_of_memory_that_cannot_work_are_explained(shapes, text_tower, t
     settings = toy_settings(shapes, text_tower, tmp_path / "run", memory="1MB")
     with pytest.raises(UserError, match=r"train\.memory leaves 0 MB for a micro-batch"):
         train(settings)
+    # nothing was learned yet, so the advice can be followed in the same folder
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    again = toy_settings(shapes, text_tower, tmp_path / "run", memory="64GB", steps=2, evaluate=False, log_every=1)
+    assert (train(again) / "model.safetensors").is_file()
+    again.train.memory = "65GB"
+    with pytest.raises(UserError, match=r"holds a run with other settings \(train\.memory was '64GB', is '65GB'\)"):
+        train(again)
