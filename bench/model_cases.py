@@ -25,7 +25,7 @@ from interlace.objectives.itc import contrast
 from interlace.objectives.lm import written
 from interlace.objectives.mlm import word_logits
 from interlace.presets import blip, clip, lxmert, vilt, visual_bert
-from interlace.streams import POOLED, Asked, positions_of
+from interlace.streams import POOLED, Asked
 from interlace.weights import load_foreign
 
 START, END, HIDDEN = 97, 3, -100  # ids of a written text; what is not scored
@@ -196,10 +196,8 @@ def hidden_words(model: VLModel, batch: Batch, seen: Tensor | Regions) -> Tensor
     """The loss of hidden words as `objectives.MLM` has it: logits, and states of the last layer, where a word is hidden
     and nowhere else."""
     asked = batch.labels != HIDDEN
-    at = positions_of(asked)
-    states = fused(model, batch, seen, Asked(at, POOLED.image)).text
-    assert states is not None
-    return F.cross_entropy(word_logits(model, states[asked.gather(1, at)]), batch.labels[asked])
+    states = model.words_where(model.half_text(batch.ids, batch.mask), model.half_image(seen), asked)
+    return F.cross_entropy(word_logits(model, states), batch.labels[asked])
 
 
 def lxmert_cases(size: Sizes) -> Iterator[Case]:

@@ -225,8 +225,8 @@ def words_guessed(run: Run, captions: list[str], images: Half) -> np.ndarray:
             continue
         ids = tokens["text_ids"].expand(len(hidden), -1)
         text = run.model.half_text(ids.masked_fill(hidden, run.processor.mask_id), tokens["text_mask"].expand_as(ids))
-        out = run.model.fuse(text, images.rows(torch.full((len(hidden),), n, device=ids.device)))
-        wrong = word_logits(run.model, out.text[hidden]).argmax(-1) != ids[hidden]  # type: ignore[index]
+        image = images.rows(torch.full((len(hidden),), n, device=ids.device))
+        wrong = word_logits(run.model, run.model.words_where(text, image, hidden)).argmax(-1) != ids[hidden]
         pieces = torch.zeros(len(hidden), device=ids.device).index_add(0, hidden.nonzero()[:, 0], wrong.float())
         shares[n] = float((pieces == 0).double().mean())
     return shares

@@ -19,7 +19,7 @@ from interlace.errors import UserError
 from interlace.heads import Contrast, build_head
 from interlace.loading import LoadedWhole
 from interlace.schedule import Schedule
-from interlace.streams import ALL, Asked, Streams, Visibility, everyone, take
+from interlace.streams import ALL, POOLED, Asked, Streams, Visibility, everyone, positions_of, take
 
 TRAINED = ("tanh", "relu")  # pools that have weights, and read position 0
 
@@ -346,6 +346,13 @@ class VLModel(LoadedWhole, PreTrainedModel):
         if at.shape[1] + 1 >= states.shape[1]:
             return None
         return nn.functional.pad(at.to(states.device), (1, 0))  # position 0 in front
+
+    def words_where(self, text: Half, image: Half | None, which: Tensor) -> Tensor:
+        """The states of some words at the end of the schedule: `which` (B, T) bool -> (n, D), row by row."""
+        at = positions_of(which)
+        states = self.fuse(text, image, asked=Asked(at, POOLED.image)).text
+        assert states is not None
+        return states[which.gather(1, at)]
 
     def pooled(self, states: Tensor | None, mask: Tensor | None, stream: str) -> Tensor | None:
         """(B, L, D) -> (B, D), as the stream's embedder says; None for a stream that is not there."""

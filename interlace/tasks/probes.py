@@ -157,9 +157,8 @@ def _guesses(run: Run, ids: Tensor, mask: Tensor, hidden: Tensor, pixels: Tensor
     model, device = run.model, run.model.device
     ids, mask, hidden = ids.to(device), mask.to(device), hidden.to(device)
     text = model.half_text(ids.masked_fill(hidden, run.processor.mask_id), mask)
-    states = model.fuse(text, model.half_image(pixels.to(device))).text
-    assert states is not None
-    return word_logits(model, states[hidden]), ids[hidden]
+    states = model.words_where(text, model.half_image(pixels.to(device)), hidden)
+    return word_logits(model, states), ids[hidden]
 
 
 def _by_row(values: Tensor, hidden: Tensor) -> np.ndarray:

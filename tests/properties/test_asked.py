@@ -27,6 +27,8 @@ def test_what_is_asked_for_is_the_same_as_of_all(system):
         torch.testing.assert_close(some.image, take(full.image, asked.image), **CLOSE)
         torch.testing.assert_close(some.pooled_text, full.pooled_text, **CLOSE)
         torch.testing.assert_close(some.pooled_image, full.pooled_image, **CLOSE)
+    which = torch.rand(batch.ids.shape) < 0.4
+    torch.testing.assert_close(model.words_where(text, image, which), full.text[which], **CLOSE)
 
 
 @pytest.mark.parametrize("system", [s for s in PAIRED.values() if "contrast" in s.config().heads], ids=str)
