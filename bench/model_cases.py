@@ -187,9 +187,14 @@ def like(config: Any, theirs: nn.Module, keys: Any, **options: Any) -> VLModel:
     return model
 
 
-def fused(model: VLModel, batch: Batch, seen: Tensor | Regions, asked: Asked = POOLED) -> VLOutput:
-    """As objectives read a model: the last layer computes what is asked for, the pooled vectors alone or states too."""
+def fused(model: VLModel, batch: Batch, seen: Tensor | Regions, asked: Asked) -> VLOutput:
+    """As objectives read a model: the last layer computes what is asked for."""
     return model.fuse(model.half_text(batch.ids, batch.mask), model.half_image(seen), asked=asked)
+
+
+def judged(model: VLModel, head: str, batch: Batch, seen: Tensor | Regions) -> Tensor:
+    """Logits of a head over the words' pooled vector."""
+    return model.heads[head](fused(model, batch, seen, model.asked_by(head)).pooled_text)
 
 
 def hidden_words(model: VLModel, batch: Batch, seen: Tensor | Regions) -> Tensor:
@@ -233,7 +238,7 @@ def lxmert_cases(size: Sizes) -> Iterator[Case]:
     yield train(
         "LXMERT", "answers",
         (ours, "image.features.weight",
-         lambda: F.cross_entropy(ours.heads["answers"](fused(ours, batch, batch.regions).pooled_text), right)),
+         lambda: F.cross_entropy(judged(ours, "answers", batch, batch.regions), right)),
         (other, f"lxmert.{first}", lambda: other(**read, labels=right).loss),
     )  # fmt: skip
 
@@ -273,7 +278,7 @@ def visual_bert_cases(size: Sizes) -> Iterator[Case]:
         return torch.cat([out.text, out.image], 1)
 
     def answers() -> Tensor:
-        asked = Asked(visual_bert.answer_place(batch.mask).unsqueeze(1), POOLED.image)
+        asked = Asked(visual_bert.answer_place(batch.mask).unsqueeze(1), POOLED.image, pooled=())
         states = fused(ours, batch, regions, asked).text
         assert states is not None
         logits = ours.heads["answers"](states[:, 0])
@@ -319,7 +324,7 @@ def vilt_cases(size: Sizes) -> Iterator[Case]:
     ours = like_it(other, {"answers": vilt.answers(size.answers)})
 
     def answers() -> Tensor:
-        logits = ours.heads["answers"](fused(ours, batch, batch.pixels).pooled_text)
+        logits = judged(ours, "answers", batch, batch.pixels)
         return F.binary_cross_entropy_with_logits(logits, batch.answers) * size.answers
 
     # the pooled vector, since transformers puts the patches in random order
@@ -352,7 +357,7 @@ def blip_cases(size: Sizes) -> Iterator[Case]:
     ours = like(blip.blip_retrieval(**sizes, heads=heads), other, blip.HF_KEYS, fresh=("heads.contrast.temperature",))
 
     def match() -> Tensor:
-        return ours.heads["match"](fused(ours, batch, batch.pixels).pooled_text)
+        return judged(ours, "match", batch, batch.pixels)
 
     yield forward("BLIP", match, lambda: other(batch.ids, batch.pixels, attention_mask=batch.mask).itm_score)
 

@@ -91,6 +91,8 @@ class Attend(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None, see: Sight | None, at: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D). `context` None: x attends to itself. `at` (B or 1, n): only these of x look, and only
         what becomes of them is returned, (B, n, D)."""
+        if at is not None and not at.shape[1]:
+            return take(x, at)  # nobody asks: (B, 0, D)
         see = see if see is None else see.of(at)
         if self.pre:
             own = self.norm(x)
@@ -307,7 +309,7 @@ class Co(Layer):
 
     def forward(self, streams: Streams, see: Visibility, asked: Asked = ALL) -> Streams:
         if streams.text is None or streams.image is None:
-            return Streams(*(x if x is None else take(x, at) for x, at in zip(streams, asked)))
+            return Streams(*(x if x is None else take(x, at) for x, at in zip(streams, (asked.text, asked.image))))
         by_text, by_image = (self.attend, self.attend) if self.tied else (self.text_attend, self.image_attend)
         text = by_text(streams.text, streams.image, see.sight("ti"), asked.text)
         # the old text: both read before either writes

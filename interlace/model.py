@@ -261,7 +261,8 @@ class VLModel(LoadedWhole, PreTrainedModel):
               features: Tensor | None = None) -> Half:  # fmt: skip
         at = self._of_vector(stream, states, mask) if for_vector and not self._goes_on(stream) else None
         given, asked = (dict.fromkeys(Streams._fields) | {stream: x} for x in (states, at))
-        out = self.schedule.run(Streams(**given), see, stop=self._alone, asked=Asked(**asked))
+        here = Asked(asked["text"], asked["image"])
+        out = self.schedule.run(Streams(**given), see, stop=self._alone, asked=here)
         return Half(getattr(out, stream), mask if at is None else None, features)
 
     def _of_vector(self, stream: str, states: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -327,30 +328,48 @@ class VLModel(LoadedWhole, PreTrainedModel):
 
         `asked`: the states that somebody will read, by their positions; the output holds these alone, (B, n, D), and
         the last layer computes no others: `fuse(text, image, asked=POOLED).pooled_text`. The pooled vectors are the
-        same whatever is asked, and so is every state, rounding aside.
+        same whatever states are asked for, and so is every state, rounding aside; a vector that is not asked for either
+        is (B, 0).
         """
-        masks = None if text is None else text.mask, None if image is None else image.mask
-        states = Streams(None if text is None else text.states, None if image is None else image.states)
-        read = [self._to_compute(name, x, at) for name, x, at in zip(Streams._fields, states, asked)]
-        streams = self.schedule.run(states, everyone(*masks) if see is None else see, self._alone, asked=Asked(*read))
-        pooled = self.pooled(streams.text, masks[0], "text"), self.pooled(streams.image, masks[1], "image")
-        words, cells = (x if x is None else take(x, at) if found is None else x[:, 1:]
-                        for x, at, found in zip(streams, asked, read))  # fmt: skip
-        return VLOutput(words, cells, *pooled)
+        halves = {"text": text, "image": image}
+        masks = {stream: None if half is None else half.mask for stream, half in halves.items()}
+        given = {stream: None if half is None else half.states for stream, half in halves.items()}
+        computed = {stream: self._to_compute(stream, x, asked) for stream, x in given.items()}
+        see = everyone(*masks.values()) if see is None else see
+        here = Asked(computed["text"], computed["image"])
+        states = self.schedule.run(Streams(**given), see, self._alone, asked=here)._asdict()
+        pooled: dict[str, Tensor | None] = {}
+        for stream, x in states.items():
+            read = stream in asked.pooled
+            pooled[stream] = self.pooled(x, masks[stream], stream) if read or x is None else x.new_zeros(len(x), 0)
+            if x is not None and computed[stream] is None:
+                states[stream] = take(x, getattr(asked, stream))
+            elif x is not None and read:
+                states[stream] = x[:, 1:]
+        return VLOutput(states["text"], states["image"], pooled["text"], pooled["image"])
 
-    def _to_compute(self, stream: str, states: Tensor | None, at: Tensor | None) -> Tensor | None:
-        """The asked positions behind the one that the stream's vector is made of; None = all, where it is made of more
-        than the first, or all but a few are asked for."""
-        if states is None or at is None or getattr(self.config, stream).pool not in ("first", *TRAINED):
+    def _to_compute(self, stream: str, states: Tensor | None, asked: Asked) -> Tensor | None:
+        """The asked positions, behind the one that the stream's vector is made of if that is read; None = all, where it
+        is made of more than the first, or all but a few are asked for."""
+        at = getattr(asked, stream)
+        if states is None or at is None:
             return None
-        if at.shape[1] + 1 >= states.shape[1]:
+        at = at.to(states.device)
+        if stream not in asked.pooled:
+            return at
+        if getattr(self.config, stream).pool not in ("first", *TRAINED) or at.shape[1] + 1 >= states.shape[1]:
             return None
-        return nn.functional.pad(at.to(states.device), (1, 0))  # position 0 in front
+        return nn.functional.pad(at, (1, 0))  # position 0 in front
+
+    def asked_by(self, head: str) -> Asked:
+        """What a head over pooled vectors reads: no states, and of the vectors those of the streams it says (`reads`),
+        if it does. The other's is (B, 0) then."""
+        return POOLED._replace(pooled=getattr(self.heads[head], "reads", POOLED.pooled))
 
     def words_where(self, text: Half, image: Half | None, which: Tensor) -> Tensor:
         """The states of some words at the end of the schedule: `which` (B, T) bool -> (n, D), row by row."""
         at = positions_of(which)
-        states = self.fuse(text, image, asked=Asked(at, POOLED.image)).text
+        states = self.fuse(text, image, asked=Asked(at, POOLED.image, pooled=())).text
         assert states is not None
         return states[which.gather(1, at)]
 
@@ -411,7 +430,8 @@ class VLModel(LoadedWhole, PreTrainedModel):
         if self._goes_on(stream):
             at = self._of_vector(stream, states, mask)
             given, real, asked = (dict.fromkeys(Streams._fields) | {stream: x} for x in (states, mask, at))
-            out = self.schedule.run(Streams(**given), everyone(*real.values()), self.fusion_depth, asked=Asked(**asked))
+            here = Asked(asked["text"], asked["image"])
+            out = self.schedule.run(Streams(**given), everyone(*real.values()), self.fusion_depth, asked=here)
             states, mask = getattr(out, stream), mask if at is None else None
         pooled = pool(states, mask, "mean") if self._reads_whole else self.pooled(states, mask, stream)
         assert pooled is not None

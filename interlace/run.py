@@ -30,7 +30,6 @@ from interlace.regions.base import fingerprint as extractor_print
 from interlace.regions.collate import collate_regions
 from interlace.regions.extract import Extractor
 from interlace.regions.open import EXTRACTORS, extractor_of
-from interlace.streams import POOLED
 from interlace.towers import quiet
 
 MARK = "run.json"  # written last: a folder without it is not finished
@@ -262,7 +261,7 @@ class Run:
 
     def head_logits(self, text: Half, image: Half) -> Tensor:
         """What the match head says of N pairs, as it was trained: (N,) logit of "match" above that of "no match"."""
-        fused = self.model.fuse(text, image, asked=POOLED)
+        fused = self.model.fuse(text, image, asked=self.model.asked_by("match"))
         logits = self.model.heads["match"](fused.pooled_text, fused.pooled_image).float()
         return logits[:, 1] - logits[:, 0]
 
@@ -280,7 +279,7 @@ class Run:
         object) is encoded once."""
         self._needs_answers()
         words = self.model.half_text(*self._words(questions))
-        out = self.model.fuse(words, self._each(pictures), asked=POOLED)
+        out = self.model.fuse(words, self._each(pictures), asked=self.model.asked_by("answers"))
         return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
 
     def _each(self, pictures: Sequence[Seen]) -> Half:

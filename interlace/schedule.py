@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from interlace.errors import UserError
@@ -38,33 +38,41 @@ class Schedule(nn.Module):
         """Layers `start` to `stop` (exclusive), counted over all segments. `asked`: the states that are returned; of a
         stream's last layer the others are not computed."""
         layers = self.layers()[start:stop]
-        last = {stream: last_of(stream, layers) for stream in Streams._fields}
+        wanted = {stream: getattr(asked, stream) for stream in Streams._fields}
+        short = {stream: shortened(stream, layers, at) for stream, at in wanted.items()}
         for n, layer in enumerate(layers):
-            here = Asked(**{stream: at for stream, at in asked._asdict().items() if last[stream] == n})
+            here = Asked(**{stream: at for stream, at in wanted.items() if n in short[stream]})
             given = (streams, see) if here.text is here.image is None else (streams, see, here)
             if self.gradient_checkpointing and self.training:
                 streams = checkpoint(layer, *given, use_reentrant=False)
             else:
                 streams = layer(*given)
-        rest = (at if last[stream] < 0 else None for stream, at in asked._asdict().items())
+        rest = (None if short[stream] else at for stream, at in wanted.items())
         return Streams(*(x if x is None else take(x, at) for x, at in zip(streams, rest)))
 
     def forward(self, streams: Streams, see: Visibility) -> Streams:
         return self.run(streams, see)
 
 
-def last_of(stream: str, layers: list[Layer]) -> int:
-    """Number of the last layer that makes a state of this stream out of others: of what comes after it, closing norms,
-    every state goes through alone. -1: there is none, or it cannot leave states out, or a later layer may read them."""
+def shortened(stream: str, layers: list[Layer], at: Tensor | None) -> range:
+    """Numbers of the layers that compute these states of the stream and no others: the last that makes a state out of
+    others (a closing norm does not); where none is asked for, those before it too, back to the last in which the other
+    stream reads this one. None, where that layer cannot leave states out or a later one may read them."""
     for n in reversed(range(len(layers))):
-        layer = layers[n]
-        if isinstance(layer, Norm):
+        if isinstance(layers[n], Norm):
             continue
-        if stream in layer.changes:
-            return n if layer.shortens else -1
-        if layer.crosses:
-            return -1
-    return -1
+        if stream in layers[n].changes:
+            if at is None or not layers[n].shortens:
+                return range(0)
+            first = n
+            while at.shape[1] == 0 and first and not layers[first].crosses:
+                if stream in layers[first - 1].changes and not layers[first - 1].shortens:
+                    break
+                first -= 1
+            return range(first, n + 1)
+        if layers[n].crosses:
+            return range(0)
+    return range(0)
 
 
 def fused(fusion: str, streams: str, layers: int, norm: str) -> Segments:

@@ -19,17 +19,19 @@ class Streams(NamedTuple):
 
 class Asked(NamedTuple):
     """Which states at the end of a schedule somebody reads: their positions in each stream, (B or 1, n), in any order;
-    None = all of them. What nobody reads, the last layer need not compute."""
+    None = all of them. `pooled`: the streams whose pooled vectors are read as well. What nobody reads, the last layer
+    need not compute."""
 
     text: Tensor | None = None
     image: Tensor | None = None
+    pooled: tuple[str, ...] = ("text", "image")
 
     def joint(self, words: int, cells: int, device: torch.device) -> Tensor | None:
         """The positions in one sequence of that many words and cells; None = all."""
         if self.text is None and self.image is None:
             return None
         every = [torch.arange(count, device=device).unsqueeze(0) for count in (words, cells)]
-        text, image = (whole if at is None else at for at, whole in zip(self, every))
+        text, image = (whole if at is None else at for at, whole in zip((self.text, self.image), every))
         rows = max(len(text), len(image))
         return torch.cat([text.expand(rows, -1), image.expand(rows, -1) + words], 1)
 

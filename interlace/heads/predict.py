@@ -17,6 +17,7 @@ class OneStream(nn.Module):
     def __init__(self, text: int, image: int, stream: str = "text"):
         super().__init__()
         self.stream, self.size = stream, text if stream == "text" else image
+        self.reads = (stream,)  # of two pooled vectors; the other need not be there
 
     def choose(self, text: Tensor | None, image: Tensor | None) -> Tensor:
         """The one vector given, or that of this head's stream."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from interlace.embed.regions import Regions
 from interlace.errors import UserError, suggest
 from interlace.model import Half, VLModel, VLOutput
-from interlace.streams import Asked, Visibility, everyone, positions_of
+from interlace.streams import Asked, Streams, Visibility, everyone, positions_of
 
 if TYPE_CHECKING:
     from interlace.data.batches import Drawer
@@ -117,11 +117,18 @@ class Views:
             else:  # nothing in it is hidden and nobody's sight is limited
                 text = self.text("caption")
             self._asked = self._who_is_asked(text, image)
-            at = [which if which is None else positions_of(which) for which in self._asked]
-            self._at = Asked(*at)
+            words, cells = (which if which is None else positions_of(which) for which in self._asked)
+            self._at = Asked(words, cells, self._pooled())
             self._fused = self.model.fuse(text, image, see, self._at)
             self.text_mask, self.image_mask = text.mask, None if image is None else image.mask
         return self._fused
+
+    def _pooled(self) -> tuple[str, ...]:
+        """The streams whose pooled vectors a head of the pass may read."""
+        assert self.plan is not None
+        heads = dict(self.model.heads.items())
+        read = [getattr(heads.get(o.head), "reads", Streams._fields) for o, _ in self.plan.objectives if o.fused]
+        return tuple(stream for stream in Streams._fields if any(stream in one for one in read))
 
     def _who_is_asked(self, text: Half, image: Half | None) -> list[Tensor | None]:
         """(B, T) and (B, I) bool: the states that some objective of the pass reads; None = all."""
@@ -140,7 +147,7 @@ class Views:
 
     def _found(self, stream: int, which: Tensor) -> Tensor:
         """The states of the shared forward where `which` (B, L) bool, row by row in order: (n, D)."""
-        out, at = self.fused(), self._at[stream]
+        out, at = self.fused(), (self._at.text, self._at.image)[stream]
         states = (out.text, out.image)[stream]
         assert states is not None
         if at is not None:

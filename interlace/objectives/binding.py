@@ -12,7 +12,6 @@ from interlace.data.processor import Augment
 from interlace.errors import UserError
 from interlace.model import VLModel
 from interlace.objectives.base import Batch, Objective, Scored, Views, mean
-from interlace.streams import POOLED
 
 BETWEEN = re.compile(r",? and |[,;.] ?")  # clauses of a caption
 
@@ -67,7 +66,7 @@ class Binding(Objective):
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         rows = torch.arange(views.size, device=batch["group"].device)
         texts = views.text(self.text).join(views.text("swapped"))
-        out = model.fuse(texts, views.image().rows(torch.cat([rows, rows])), asked=POOLED)
+        out = model.fuse(texts, views.image().rows(torch.cat([rows, rows])), asked=model.asked_by("match"))
         logits = model.heads["match"](out.pooled_text, out.pooled_image).float()  # (2B, 2)
         real = (batch[f"{self.text}_real"] & batch["swapped_real"]).float()  # (B,)
         true, swapped = (logits[:, 1] - logits[:, 0]).chunk(2)  # (B,), (B,)

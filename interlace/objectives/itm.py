@@ -12,7 +12,6 @@ from interlace.errors import UserError
 from interlace.model import Half, VLModel
 from interlace.objectives.base import Batch, Objective, Pairs, Scored, Views
 from interlace.objectives.whole import PAIRS, Whole, world
-from interlace.streams import POOLED
 
 
 class ITM(Objective):
@@ -141,7 +140,7 @@ class ITM(Objective):
         joined = texts[0]
         for half in texts[1:]:
             joined = joined.join(half)
-        out = model.fuse(joined, image.rows(torch.cat(images)), asked=POOLED)
+        out = model.fuse(joined, image.rows(torch.cat(images)), asked=model.asked_by(self.head))
         assert out.pooled_text is not None and out.pooled_image is not None
         label, scored = torch.cat(labels), torch.cat(weight).float()
         # each class weighs half, however many negatives there are to a positive: else "never a match" is a comfortable

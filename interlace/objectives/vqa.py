@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from interlace.errors import UserError
 from interlace.model import VLModel
 from interlace.objectives.base import Batch, Objective, Pairs, Scored, Views, mean
-from interlace.streams import POOLED
 
 
 class VQA(Objective):
@@ -65,7 +64,7 @@ class VQA(Objective):
         for name in names[1:]:
             words = words.join(views.text(name))
         image = views.image() if len(names) == 1 else views.image().rows(rows)
-        out = model.fuse(words, image, asked=POOLED)
+        out = model.fuse(words, image, asked=model.asked_by(self.head))
         assert out.pooled_text is not None and out.pooled_image is not None
         scores = target.transpose(0, 1).flatten(0, 1)  # (questions * B, A)
         real = torch.cat([batch[f"{name}_real"] for name in names])

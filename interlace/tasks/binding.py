@@ -22,7 +22,6 @@ from interlace.data.rows import Pair, Source
 from interlace.errors import UserError
 from interlace.held import sample_rows, scored
 from interlace.run import Run, chunks
-from interlace.streams import POOLED
 
 BATCH = 32
 
@@ -135,7 +134,7 @@ def two_captions(run: Run, shown: list[Pair], texts: list[tuple[str, str]], titl
             image = run.half_image(pictures)
             words = model.half_text(*run._words([text for n in kept for text in texts[n]]))
             beside = torch.arange(len(kept), device=model.device).repeat_interleave(2)
-            fused = model.fuse(words, image.rows(beside), asked=POOLED)
+            fused = model.fuse(words, image.rows(beside), asked=model.asked_by("match"))
             logits = model.heads["match"](fused.pooled_text, fused.pooled_image).float()  # (2K, 2)
             out[kept] = (logits[:, 1] - logits[:, 0]).view(-1, 2).cpu().numpy()
     return out

@@ -19,7 +19,8 @@ def test_what_is_asked_for_is_the_same_as_of_all(system):
     text, image = model.half_text(batch.ids, batch.mask), system.image(model, batch)
     full = model.fuse(text, image)
     rows = len(text.states)
-    words = torch.stack([torch.randperm(text.states.shape[1])[:3] for _ in range(rows)])  # its own of each row
+    shortest = min(text.states.shape[1], image.states.shape[1])
+    words = torch.stack([torch.randperm(shortest)[:3] for _ in range(rows)])  # its own of each row
     for asked in (Asked(words, torch.tensor([[1]])), Asked(torch.tensor([[2, 0]]), None), Asked(None, POOLED.image),
                   POOLED, ALL):  # fmt: skip
         some = model.fuse(text, image, asked=asked)
@@ -27,6 +28,14 @@ def test_what_is_asked_for_is_the_same_as_of_all(system):
         torch.testing.assert_close(some.image, take(full.image, asked.image), **CLOSE)
         torch.testing.assert_close(some.pooled_text, full.pooled_text, **CLOSE)
         torch.testing.assert_close(some.pooled_image, full.pooled_image, **CLOSE)
+    for asked in (Asked(words, POOLED.image, ("text",)), Asked(POOLED.text, words, ("image",)), Asked(words, None, ()),
+                  POOLED._replace(pooled=("text",)), Asked(POOLED.text, words, ())):  # fmt: skip
+        some = model.fuse(text, image, asked=asked)
+        torch.testing.assert_close(some.text, take(full.text, asked.text), **CLOSE)
+        torch.testing.assert_close(some.image, take(full.image, asked.image), **CLOSE)
+        for stream in ("text", "image"):
+            vector, whole = getattr(some, f"pooled_{stream}"), getattr(full, f"pooled_{stream}")
+            torch.testing.assert_close(vector, whole if stream in asked.pooled else whole[:, :0], **CLOSE)
     which = torch.rand(batch.ids.shape) < 0.4
     torch.testing.assert_close(model.words_where(text, image, which), full.text[which], **CLOSE)
 
@@ -43,7 +52,8 @@ def test_a_half_for_its_vector_alone_gives_the_same_vector(system):
 
 POST, PRE = Width(16, heads=4, dropout=0.0), Width(16, heads=4, norm="pre", dropout=0.0)
 LAST = {"text": [TEXT], "image": [IMAGE], "both": [BOTH], "each": [EACH], "joint": [JOINT], "co": [CO], "read": [READ],
-        "closed": [JOINT, NORM], "apart": [TEXT, IMAGE], "read after": [IMAGE, READ], "nothing": [NORM]}  # fmt: skip
+        "closed": [JOINT, NORM], "apart": [TEXT, IMAGE], "read after": [IMAGE, READ], "nothing": [NORM],
+        "crossing": [CO, BOTH], "crossing twice": [CO, TEXT, CO, NORM, IMAGE, BOTH]}  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [POST, PRE], ids=["post", "pre"])
@@ -55,10 +65,13 @@ def test_every_kind_of_layer_may_be_the_last(last, sees, width):
     schedule = Schedule({"first": [JOINT], "last": LAST[last]}, width, width).eval()
     streams = Streams(torch.randn(3, 7, 16), torch.randn(3, 5, 16))
     mask = torch.arange(7) < torch.tensor([[7], [4], [2]])
-    see, asked = sees(mask, None), Asked(torch.tensor([[0, 3], [1, 0], [5, 1]]), torch.tensor([[4, 2]]))
-    full, some = schedule.run(streams, see), schedule.run(streams, see, asked=asked)
-    for states, whole, at in zip(some, full, asked):
-        torch.testing.assert_close(states, take(whole, at), **CLOSE)
+    see, words, cells = sees(mask, None), torch.tensor([[0, 3], [1, 0], [5, 1]]), torch.tensor([[4, 2]])
+    full = schedule.run(streams, see)
+    for asked in (Asked(words, cells), Asked(words, POOLED.image), Asked(POOLED.text, cells), Asked(None, POOLED.image),
+                  POOLED):  # fmt: skip
+        some = schedule.run(streams, see, asked=asked)
+        torch.testing.assert_close(some.text, take(full.text, asked.text), **CLOSE)
+        torch.testing.assert_close(some.image, take(full.image, asked.image), **CLOSE)
 
 
 def operations(run) -> int:
@@ -76,6 +89,20 @@ def test_the_last_layer_of_either_stream_does_less(last):
     whole = operations(lambda: schedule.run(streams, see))
     short = operations(lambda: schedule.run(streams, see, asked=Asked(one, one)))
     assert short < whole / 4
+
+
+def test_what_is_made_of_a_stream_that_nobody_reads_costs_nothing_from_where_it_was_read_last():
+    """LXMERT's end: the words read the picture, and what the picture reads of the words is for the picture alone."""
+    schedule = Schedule({"last": [CO, BOTH]}, POST, POST)
+    streams, see = Streams(torch.randn(2, 8, 16), torch.randn(2, 64, 16)), everyone(None, None)
+    short = operations(lambda: schedule.run(streams, see, asked=Asked(None, POOLED.image)))
+    co, both = schedule.layers()
+
+    def for_the_words():
+        text = co.text_ffn(co.text_attend(streams.text, streams.image, None))
+        both.text(text, None)
+
+    assert short == operations(for_the_words)
 
 
 def test_positions_of_come_in_order_and_a_short_row_is_filled_up():
