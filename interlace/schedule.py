@@ -42,7 +42,8 @@ class Schedule(nn.Module):
         short = {stream: shortened(stream, layers, at) for stream, at in wanted.items()}
         for n, layer in enumerate(layers):
             here = Asked(**{stream: at for stream, at in wanted.items() if n in short[stream]})
-            given = (streams, see) if here.text is here.image is None else (streams, see, here)
+            some = layer.shortens and (here.text is not None or here.image is not None)
+            given = (streams, see, here) if some else (streams, see)
             if self.gradient_checkpointing and self.training:
                 streams = checkpoint(layer, *given, use_reentrant=False)
             else:

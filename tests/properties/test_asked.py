@@ -132,3 +132,22 @@ def test_a_kind_with_a_forward_of_its_own_computes_all_unless_it_says_otherwise(
         torch.testing.assert_close(some.image, full.image, **CLOSE)
     finally:
         Layer.kinds.pop("test_twice")
+
+
+@torch.no_grad()
+def test_a_kind_that_leaves_a_stream_alone_may_stand_among_those_that_leave_it_out():
+    class Twofold(Layer):
+        kind = "test_twofold"
+        changes = ("text",)
+
+        def forward(self, streams, see):
+            return Streams(2 * streams.text, streams.image)
+
+    try:
+        schedule = Schedule({"last": [CO, Kind("test_twofold"), BOTH]}, POST, POST).eval()
+        streams, see = Streams(torch.randn(2, 6, 16), torch.randn(2, 5, 16)), everyone(None, None)
+        some = schedule.run(streams, see, asked=Asked(None, POOLED.image))
+        torch.testing.assert_close(some.text, schedule.run(streams, see).text, **CLOSE)
+        assert some.image.shape == (2, 0, 16)
+    finally:
+        Layer.kinds.pop("test_twofold")
