@@ -116,8 +116,8 @@ class Views:
                 text = self.model.half_text(self.part["text_ids"], self.part["text_mask"], see=see)
             else:  # nothing in it is hidden and nobody's sight is limited
                 text = self.text("caption")
-            self._asked = self._who_is_asked(text, image)
-            words, cells = (which if which is None else positions_of(which) for which in self._asked)
+            asked = self._who_is_asked(text, image)
+            words, cells = (which if which is None else positions_of(which) for which in asked)
             self._at = Asked(words, cells, self._pooled())
             self._fused = self.model.fuse(text, image, see, self._at)
             self.text_mask, self.image_mask = text.mask, None if image is None else image.mask
@@ -135,35 +135,31 @@ class Views:
         assert self.plan is not None
         wanted = [o.asks(self.part) for o, _ in self.plan.objectives if o.fused]
         every: list[Tensor | None] = []
-        for half, asked in zip((text, image), zip(*wanted)):
+        for lead, half, asked in zip((0, self._lead), (text, image), zip(*wanted)):
             if half is None or any(which is True for which in asked):
                 every.append(None)
                 continue
             some = [which for which in asked if isinstance(which, Tensor)]
-            lead = half.states.shape[1] - some[0].shape[1] if some else 0  # of a picture: what stands before its cells
-            which = torch.stack(some).any(0) if some else half.states.new_zeros(half.states.shape[:2], dtype=torch.bool)
-            every.append(nn.functional.pad(which, (lead, 0)))
+            every.append(nn.functional.pad(torch.stack(some).any(0), (lead, 0)) if some
+                         else half.states.new_zeros(half.states.shape[:2], dtype=torch.bool))  # fmt: skip
         return every
 
-    def _found(self, stream: int, which: Tensor) -> Tensor:
-        """The states of the shared forward where `which` (B, L) bool, row by row in order: (n, D)."""
-        out, at = self.fused(), (self._at.text, self._at.image)[stream]
-        states = (out.text, out.image)[stream]
-        assert states is not None
-        if at is not None:
-            which = nn.functional.pad(which, (self._asked[stream].shape[1] - which.shape[1], 0))  # type: ignore
-            which = which.gather(1, at)
-        else:
-            which = nn.functional.pad(which, (states.shape[1] - which.shape[1], 0))
-        return states[which]
+    @property
+    def _lead(self) -> int:
+        """How many states stand before a picture's cells: class tokens, a whole picture."""
+        return getattr(self.model.image, "lead", 0)
 
     def words_where(self, which: Tensor) -> Tensor:
         """(B, T) bool, no others than its `asks` said -> (n, D): the states of these words, row by row."""
-        return self._found(0, which)
+        states = self.fused().text
+        assert states is not None
+        return states[which if self._at.text is None else which.gather(1, self._at.text)]
 
     def cells_where(self, which: Tensor) -> Tensor:
         """(B, I) bool, no others than its `asks` said -> (n, D): the states of these regions, patches or cells."""
-        return self._found(1, which)
+        states, which = self.fused().image, nn.functional.pad(which, (self._lead, 0))
+        assert states is not None
+        return states[which if self._at.image is None else which.gather(1, self._at.image)]
 
     def _text_mask(self) -> Tensor | None:
         return self.part["text_mask"] if "text_ids" in self.part else self.batch.get("caption_mask")
@@ -172,7 +168,7 @@ class Views:
         """(B, I, D): states of the regions, patches or grid cells alone, without class tokens."""
         image = self.fused().image
         assert image is not None and self._at.image is None, "an objective reads all cells and asks for some"
-        return image[:, getattr(self.model.image, "lead", 0):]
+        return image[:, self._lead :]
 
     @property
     def matched(self) -> Tensor:
