@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from interlace.alike import meeting, read_alike
 from interlace.embed.stem import ImageTower, TextTower
-from interlace.layers import Attend, Co, Joint, Read
+from interlace.layers import Joint
 
 if TYPE_CHECKING:
     from interlace.model import VLModel
@@ -50,29 +51,11 @@ def start_places(model: VLModel) -> None:
         for one in joint[::2]:
             read_alike(one.attend)
             one.attend.key.weight.sub_(torch.outer(kind, kind), alpha=OTHER / len(kind))
-    for layer in model.schedule.layers():
-        for attend in meeting(layer):
-            read_alike(attend)
+    for attend in meeting(model.schedule).values():
+        read_alike(attend)
     for part in model.heads["match"].modules() if "match" in model.heads else ():
         if isinstance(part, nn.Linear):  # what depends on three things at once is quiet enough
             part.reset_parameters()
-
-
-def read_alike(attend: Attend) -> None:
-    """Query and key start as one map, where both streams are as wide as the attention."""
-    if attend.query.weight.shape[0] == attend.query.weight.shape[1] == attend.key.weight.shape[1]:
-        same = torch.eye(len(attend.query.weight), device=attend.query.weight.device)
-        attend.query.weight += same
-        attend.key.weight += same
-
-
-def meeting(layer: object) -> list[Attend]:
-    """The attentions of a layer in which one stream reads the other, and only the other."""
-    if isinstance(layer, Read):
-        return [layer.attend_image]
-    if isinstance(layer, Co):
-        return [layer.attend] if layer.tied else [layer.text_attend, layer.image_attend]
-    return []
 
 
 def sinusoids(length: int, width: int, longest: float = 1000.0) -> torch.Tensor:

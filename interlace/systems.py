@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from interlace import towers
+from interlace.alike import start_alike
 from interlace.compose import Composition, check_no_grid, decoder_asked_for, grid_of
 from interlace.config import VLConfig
 from interlace.data.processor import Augment, Processor
@@ -222,6 +223,8 @@ def build_system(what: Composition, objectives: list[Objective], augment: Augmen
                     started.append(copy)
     if started:
         quiet_branches(model, set(started))
+        if what.align:  # which is what makes a cell look like a word
+            start_alike(model, set(started))
     if "answers" in model.heads:
         start_answers(model.heads["answers"])
     model.started = tuple(started)

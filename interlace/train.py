@@ -31,6 +31,7 @@ from interlace.learner import Learner
 from interlace.memory import choose_micro_batch, hold, parse_bytes
 from interlace.objectives import Objective, Pass, build_objective
 from interlace.objectives.base import check_options, check_type
+from interlace.product_start import align_product
 from interlace.regions.base import RegionSource
 from interlace.regions.open import open_regions
 from interlace.run import MARK, Run, save_run, write_json
@@ -162,7 +163,8 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         settings.save(out / "config.yaml")
         write_json(out / "data.json", data)
     collate = Collate(processor, states, passes, learner.cells_to_hide(), shape_of(processor))
-    _align_new_contrast(settings, learner, samples, collate, bool(aligned))
+    if newest_complete(out / CHECKPOINTS, warn=lambda line: None) is None:  # it has heads that went on from there
+        _align_new_heads(settings, learner, samples, collate, bool(aligned))
     if t.heads_first and newest_complete(out / CHECKPOINTS, warn=lambda line: None) is None:
         fit_heads(learner, samples, collate, bf16=t.bf16, seed=t.seed)
     learner.attach(whole, rows)  # a slow copy copies what the model starts as
@@ -257,15 +259,18 @@ def _prepare_stems(settings: Settings, source: Source, learner: Learner,
     return states, () if strength is None else ALIGNED
 
 
-def _align_new_contrast(settings: Settings, learner: Learner, samples: Samples, collate: Collate,
-                        stems: bool) -> None:  # fmt: skip
+def _align_new_heads(settings: Settings, learner: Learner, samples: Samples, collate: Collate,
+                     stems: bool) -> None:  # fmt: skip
     """The contrast head, where it did not come with the run that is gone on from: a system's, or over aligned `stems`.
-    A system's learns at the rate of all that is new, not at that of aligned stems: the layers under it move."""
+    A system's learns at the rate of all that is new, not at that of aligned stems: the layers under it move. And a
+    match head of products, with its poolers, of a system that begins here."""
+    if settings.model.align and settings.model.system and not settings.model.start:
+        right = align_product(learner, samples, collate)
+        if right is not None:
+            print(f"match starts aligned: {100 * right:.1f}% of held-out training pairs told right")
     new = "heads.contrast" in learner.anew if settings.model.start else bool(settings.model.system) or stems
     if not (settings.model.align and new and "contrast" in learner.heads):
         return
-    if newest_complete(Path(settings.train.out).expanduser() / CHECKPOINTS, warn=lambda line: None) is not None:
-        return  # the checkpoint has a head that went on from there
     chosen = align_contrast(learner, samples, collate)
     if chosen is not None:
         image, text, power = chosen

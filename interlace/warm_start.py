@@ -16,6 +16,7 @@ of a picture before it meets one (`align_contrast`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -30,6 +31,7 @@ from interlace.embed.stem import ImageTower, TextTower
 from interlace.embed.vl_bert import ElementRegions
 from interlace.heads.pair import Standard
 from interlace.heads.predict import Tied
+from interlace.model import Half
 from interlace.objectives.base import Views
 from interlace.objectives.mlm import word_table
 from interlace.tasks.baselines import ridge_alignment
@@ -165,23 +167,12 @@ def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: 
     text_side, image_side = getattr(head, "text", None), getattr(head, "image", None)
     if not (isinstance(text_side, nn.Linear) and isinstance(image_side, nn.Linear)):
         return None
-    places = np.arange(len(samples))
-    if len(places) > MOST:
-        places = np.sort(np.random.default_rng(seed).choice(places, MOST, replace=False))
-    texts, pictures, groups = [], [], []
-    learning = learner.training
-    learner.eval()
-    for at in bar(range(0, len(places), batch), desc="contrast, start", unit="batch", mininterval=1):
-        given = collate([samples[(0, int(place))] for place in places[at : at + batch]])
-        given = {k: v.to(learner.device) for k, v in given.items() if isinstance(v, torch.Tensor)}
-        views, real = Views(learner, given), given["caption_real"]
-        texts.append(learner.pooled_alone(views.text("caption"), "text")[real].float().cpu().numpy())
-        pictures.append(learner.pooled_alone(views.image(), "image")[real].float().cpu().numpy())
-        groups += given["group"][real].tolist()
-    learner.train(learning)
+    y, x, groups = over_rows(
+        learner, samples, collate, "contrast, start", batch, seed,
+        lambda words, picture: (learner.pooled_alone(words, "text"), learner.pooled_alone(picture, "image")),
+    )  # (N, Dt), (N, Di)
     if len(set(groups)) < 20:
         return None
-    y, x = np.concatenate(texts), np.concatenate(pictures)  # (N, Dt), (N, Di)
     if any(part.std(0).max() <= 1e-4 * np.abs(part).max() for part in (x, y)):  # it says the same of everything but for
         return None  # rounding, as the published VL-BERT's pictures at first
     if (standard := getattr(head, "standard", None)) is not None:
@@ -199,6 +190,33 @@ def align_contrast(learner: Learner, samples: Samples, collate: Collate, batch: 
         if side.bias is not None:
             side.bias.copy_(-side.weight @ torch.from_numpy(mean).to(side.weight))
     return found.chosen
+
+
+@torch.no_grad()
+def over_rows(learner: Learner, samples: Samples, collate: Collate, desc: str, batch: int, seed: int,
+              read: Callable[[Half, Half], tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray, list]:
+    """What `read` makes of each training row's caption and picture, (N, Dt) and (N, Di), and the rows' groups (N,);
+    of `MOST` rows at the most, in evaluation mode, without rows that say nothing; none where no objective reads whole
+    captions."""
+    places = np.arange(len(samples))
+    if len(places) > MOST:
+        places = np.sort(np.random.default_rng(seed).choice(places, MOST, replace=False))
+    texts, pictures, groups = [], [], []
+    learning = learner.training
+    learner.eval()
+    for at in bar(range(0, len(places), batch), desc=desc, unit="batch", mininterval=1):
+        given = collate([samples[(0, int(place))] for place in places[at : at + batch]])
+        given = {k: v.to(learner.device) for k, v in given.items() if isinstance(v, torch.Tensor)}
+        if "caption_real" not in given:
+            break
+        views, real = Views(learner, given), given["caption_real"]
+        text, picture = read(views.text("caption"), views.image())
+        texts.append(text[real].float().cpu().numpy())
+        pictures.append(picture[real].float().cpu().numpy())
+        groups += given["group"][real].tolist()
+    learner.train(learning)
+    y, x = (np.concatenate(part) if part else np.zeros((0, 1), np.float32) for part in (texts, pictures))
+    return y, x, groups
 
 
 def _standard(vectors: np.ndarray, standard: Standard) -> np.ndarray:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from interlace import align_words, towers
+from interlace.alike import meeting
 from interlace.compose import Composition, compose
 from interlace.data.processor import Augment
 from interlace.embed.stem import TextStem, TextTower
@@ -16,7 +17,7 @@ from interlace.layers import Width
 from interlace.learner import Learner
 from interlace.objectives import ITM, Binding
 from interlace.objectives.binding import one_clause
-from interlace.places import CELLS, WORDS, meeting
+from interlace.places import CELLS, WORDS
 from interlace.settings import load_settings
 from interlace.systems import configure_system
 
@@ -52,16 +53,15 @@ def test_words_and_cells_say_where_they_are(made):
 def test_what_is_alike_reads_each_other(made, fusion):
     """A word whose normed state is one cell's, up to a small difference, reads that cell more than any other."""
     model, _ = made(fusion=fusion, streams="dual")
-    layers = [layer for layer in model.schedule.layers() if layer.crosses]
-    assert layers
-    for layer in layers:
-        for attend in meeting(layer):
-            attend.heads = 1  # all of the width in one head, as a word is compared with a cell
-            cells = torch.nn.functional.layer_norm(torch.randn(1, 9, 32), (32,))
-            with torch.no_grad():
-                query = attend.query(cells[:, 4:5] + 0.1 * torch.randn(1, 1, 32))
-                scores = (query @ attend.key(cells).transpose(1, 2))[0, 0]
-            assert scores.argmax() == 4
+    found = meeting(model.schedule)
+    assert len(found) == 2 * sum(layer.crosses for layer in model.schedule.layers()) > 0
+    for attend in found.values():
+        attend.heads = 1  # all of the width in one head, as a word is compared with a cell
+        cells = torch.nn.functional.layer_norm(torch.randn(1, 9, 32), (32,))
+        with torch.no_grad():
+            query = attend.query(cells[:, 4:5] + 0.1 * torch.randn(1, 1, 32))
+            scores = (query @ attend.key(cells).transpose(1, 2))[0, 0]
+        assert scores.argmax() == 4
 
 
 @pytest.mark.parametrize("fusion", ["mid", "early"])
