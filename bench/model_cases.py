@@ -206,9 +206,20 @@ def hidden_words(model: VLModel, batch: Batch, seen: Tensor | Regions) -> Tensor
 
 
 def lxmert_cases(size: Sizes) -> Iterator[Case]:
-    batch, n = Batch.draw(size), size.layers
+    """Its layers in about the release's 9, 5 and 5: as many altogether as the other models have in a stack; then as
+    many in each of its three stacks."""
+    n = size.layers
+    yield from lxmert_of(size, "LXMERT", (max(1, n // 2), max(1, n // 4), max(1, n // 4)))
+    if n > 1:
+        yield from lxmert_of(size, f"LXMERT, 3 x {n} layers", (n, n, n))
+
+
+def lxmert_of(size: Sizes, name: str, layers: tuple[int, int, int]) -> Iterator[Case]:
+    """`layers`: of language, of regions, and that cross."""
+    batch = Batch.draw(size)
+    language, alone, crossing = layers
     theirs = {"vocab_size": size.vocabulary, "hidden_size": size.width, "num_attention_heads": size.heads,
-              "intermediate_size": 4 * size.width, "l_layers": n, "r_layers": n, "x_layers": n,
+              "intermediate_size": 4 * size.width, "l_layers": language, "r_layers": alone, "x_layers": crossing,
               "visual_feat_dim": size.features, "num_qa_labels": size.answers, "task_obj_predict": False,
               "task_qa": False, "task_matched": False}  # fmt: skip
     width = Width(size.width, heads=size.heads)
@@ -220,7 +231,7 @@ def lxmert_cases(size: Sizes) -> Iterator[Case]:
 
     other: Any = built(hf.LxmertForQuestionAnswering, hf.LxmertConfig(**theirs))
     heads = {"answers": {"kind": "transformed", "labels": size.answers, "hidden": 2 * size.width}}
-    ours = like(lxmert.lxmert(words, regions, (n, n, n), heads=heads), other, lxmert.HF_KEYS)
+    ours = like(lxmert.lxmert(words, regions, layers, heads=heads), other, lxmert.HF_KEYS)
 
     def run(model: VLModel) -> Any:
         return model(batch.ids, batch.regions, batch.mask)
@@ -233,10 +244,10 @@ def lxmert_cases(size: Sizes) -> Iterator[Case]:
         out = run(ours)
         return out.text, out.image, out.pooled_text
 
-    yield forward("LXMERT", ours_states, lambda: states(other))
+    yield forward(name, ours_states, lambda: states(other))
     right = batch.answers.argmax(1)
     yield train(
-        "LXMERT", "answers",
+        name, "answers",
         (ours, "image.features.weight",
          lambda: F.cross_entropy(judged(ours, "answers", batch, batch.regions), right)),
         (other, f"lxmert.{first}", lambda: other(**read, labels=right).loss),
@@ -244,9 +255,9 @@ def lxmert_cases(size: Sizes) -> Iterator[Case]:
 
     other2: Any = built(hf.LxmertForPreTraining, hf.LxmertConfig(**theirs))
     heads = {"mlm": {"kind": "tied", "labels": size.vocabulary}, "match": {"kind": "linear", "labels": 2}}
-    ours2 = like(lxmert.lxmert(words, regions, (n, n, n), heads=heads), other2, lxmert.HF_KEYS)
+    ours2 = like(lxmert.lxmert(words, regions, layers, heads=heads), other2, lxmert.HF_KEYS)
     yield train(
-        "LXMERT", "hidden words",
+        name, "hidden words",
         (ours2, "image.features.weight", lambda: hidden_words(ours2, batch, batch.regions)),
         (other2, f"lxmert.{first}", lambda: other2(**read, labels=batch.labels).loss),
     )  # fmt: skip

@@ -71,7 +71,8 @@ def of_attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, 
 def main(argv: list[str] | None = None) -> list[Row]:
     options = clocked(parser(__doc__))
     options.add_argument("models", nargs="*", help=f"some of {', '.join(MODELS)}; default all")
-    options.add_argument("--layers", type=int, help="of each stack (default 4)")
+    options.add_argument("--layers", type=int, help="of each stack; of LXMERT altogether, then of each of its three "
+                                                    "(default 4)")  # fmt: skip
     options.add_argument("--batch", type=int, help="rows of a batch (default 4)")
     options.add_argument("--task", default="", help="only tasks that begin so, e.g. train")
     options.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
@@ -95,9 +96,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     notes = [
         f"{facts['cpu']}, {given.threads} threads, load {facts['load']} at the start; "
         f"torch {facts['packages']['torch']}, transformers {facts['packages']['transformers']}",
-        f"float32, width {size.width}, {size.layers} layers a stack, batch {size.batch}, {size.words} words, "
-        f"{size.regions} regions or {size.pixels} pixels (ViLT {size.large}; BLIP {size.large} and half the batch); "
-        f"{given.clock} time, median of {given.repeats} alternating rounds",
+        f"float32, width {size.width}, {size.layers} layers a stack (LXMERT altogether), batch {size.batch}, "
+        f"{size.words} words, {size.regions} regions or {size.pixels} pixels (ViLT {size.large}; BLIP {size.large} and "
+        f"half the batch); {given.clock} time, median of {given.repeats} alternating rounds",
         "faster: the other's time over ours, above 1 we are faster, with the range over the rounds; the other is "
         "transformers unless the task says otherwise",
         "quickest: the same of the quickest round of each, which the rest of the machine disturbed least",
