@@ -163,10 +163,10 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         settings.save(out / "config.yaml")
         write_json(out / "data.json", data)
     collate = Collate(processor, states, passes, learner.cells_to_hide(), shape_of(processor))
-    if newest_complete(out / CHECKPOINTS, warn=lambda line: None) is None:  # it has heads that went on from there
+    if newest_complete(out / CHECKPOINTS, warn=lambda line: None) is None:  # else its heads went on from there
         _align_new_heads(settings, learner, samples, collate, bool(aligned))
-    if t.heads_first and newest_complete(out / CHECKPOINTS, warn=lambda line: None) is None:
-        fit_heads(learner, samples, collate, bf16=t.bf16, seed=t.seed)
+        if t.heads_first:
+            fit_heads(learner, samples, collate, bf16=t.bf16, seed=t.seed)
     learner.attach(whole, rows)  # a slow copy copies what the model starts as
     if t.memory:
         if t.gradient_checkpointing:
@@ -267,7 +267,8 @@ def _align_new_heads(settings: Settings, learner: Learner, samples: Samples, col
     if settings.model.align and settings.model.system and not settings.model.start:
         right = align_product(learner, samples, collate)
         if right is not None:
-            print(f"match starts aligned: {100 * right:.1f}% of held-out training pairs told right")
+            print(f"match starts aligned: of training pairs that it was not fitted on, but the map of the cells was, "
+                  f"{100 * right:.1f}% told right")  # fmt: skip
     new = "heads.contrast" in learner.anew if settings.model.start else bool(settings.model.system) or stems
     if not (settings.model.align and new and "contrast" in learner.heads):
         return
