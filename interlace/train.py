@@ -144,8 +144,10 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     whole = t.batch * arguments.world_size  # rows of an optimiser step
     if rows < whole:
         ranks = f" on each of {arguments.world_size} ranks" if arguments.world_size > 1 else ""
+        fits = rows // 2 // arguments.world_size
+        mend = f"set train.batch={fits}" if fits > 1 else f"it takes {4 * arguments.world_size} rows to learn from"
         raise UserError(f"the train split of {source.name} has {rows} rows, fewer than one batch of {t.batch}{ranks}: "
-                        f"set train.batch={max(2, rows // 2 // arguments.world_size)}.")  # fmt: skip
+                        f"{mend}.")  # fmt: skip
     passes = build_passes(settings, source)
     for one in passes:
         for objective, _ in one.objectives:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from interlace import train as module
 from interlace.checkpoints import newest_complete, step_of
@@ -112,6 +113,19 @@ def test_malformed_passes_are_explained(passes, words, shapes, text_tower, tmp_p
     with pytest.raises(UserError, match=words):
         made = load_settings(file, [f"data.source={shapes}", f"train.out={tmp_path / 'run'}", "train.batch=8"])
         made.model = toy_settings(shapes, text_tower, tmp_path).model
+        train(made)
+
+
+@pytest.mark.parametrize("rows, mend", [(6, r"set train\.batch=3\."), (3, "it takes 4 rows to learn from")])
+def test_a_table_smaller_than_a_batch_gets_advice_that_can_be_followed(rows, mend, text_tower, tmp_path):
+    table = tmp_path / "table.csv"
+    for n in range(rows):
+        Image.new("RGB", (64, 64), (20 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    lines = [f"{n}.png,a thing,{n},train" for n in range(rows)]
+    table.write_text("\n".join(["image,caption,group,split", *lines]))
+    made = toy_settings(table, text_tower, tmp_path)
+    made.train.batch = 8
+    with pytest.raises(UserError, match=f"has {rows} rows, fewer than one batch of 8: {mend}"):
         train(made)
 
 
