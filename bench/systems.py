@@ -10,7 +10,7 @@ all sources.
 
 hidden words   40% hidden, share guessed right beside the own picture / another row's / a white one; and how much more
                they cost (cross-entropy) beside another's than beside the own
-match          balanced accuracy of "does this text belong here" over each row's own text and one of another group; by
+match          balanced accuracy of "does this text belong here" over each row's own text and eight of other groups; by
                head and cosine together, and by the head alone
 R@1            text to image and image to text, by vectors and re-ranked by matching; times chance beside it
 probes         loss of hidden words beside the own, another, a white picture; of hidden pictures beside the own,

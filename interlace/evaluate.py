@@ -142,19 +142,20 @@ def matching(run: Run, held: Held, rows: np.ndarray, blind: bool) -> dict[str, A
 
 
 def match_accuracy(run: Run, held: Held, rows: np.ndarray, blind: bool) -> dict[str, Score]:
-    """Does the text belong to the picture: each row's own text, and one of another group drawn at random; both count
-    half, so that always saying no gives a half. Blind: both beside a picture of a third row. {"all": by what the run
-    says, "head": by its match head alone, where the cosine has a say too}."""
+    """Does the text belong to the picture: each row's own text, and `WRONG` texts of other groups drawn at random
+    (which one it is moves the score of a hundred rows by points); own and wrong count half, so that always saying no
+    gives a half. Blind: all beside a picture of another row. {"all": by what the run says, "head": by its match head
+    alone, where the cosine has a say too}."""
     groups = [held.groups[r] for r in rows]
     own = np.arange(len(rows))
-    other, third = shuffled(groups), shuffled(groups, seed=1)
+    others, third = [shuffled(groups, seed) for seed in range(WRONG)], shuffled(groups, seed=WRONG)
     fits: dict[str, tuple[float, ...]] = {"all": run.match_fit}
     if run.match_fit[2]:
         fits["head"] = (*run.match_head_fit, 0.0)
 
     def right(beside: np.ndarray) -> dict[str, np.ndarray]:
-        true, wrong = (match_signs(run, held, rows, text, beside) for text in (own, other))
-        return {name: np.mean([odds(true, fit) > 0, odds(wrong, fit) <= 0], axis=0)  # 0.5: one of the two
+        true, *wrong = (match_signs(run, held, rows, text, beside) for text in (own, *others))
+        return {name: ((odds(true, fit) > 0) + np.mean([odds(signs, fit) <= 0 for signs in wrong], axis=0)) / 2
                 for name, fit in fits.items()}  # fmt: skip
 
     seen, dark = right(own), right(third) if blind else {}

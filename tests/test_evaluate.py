@@ -225,6 +225,22 @@ def test_the_match_head_is_scored_alone_too_where_the_cosine_has_a_say(metrics, 
     assert "match" in bare and "match_head" not in bare
 
 
+def test_a_text_is_judged_beside_its_picture_and_eight_texts_of_others_are(metrics, tiny_run, source):
+    held = hold(tiny_run, source, "test")
+    rows = np.array([n for n, pair in enumerate(held.pairs) if pair.caption.strip()])
+    groups = [held.groups[r] for r in rows]
+    yes = match_logits(tiny_run, held, rows, np.ones((len(rows), len(rows)), bool)) > 0  # (texts, pictures)
+    wrong = [shuffled(groups, seed) for seed in range(8)]
+    assert all(groups[a] != groups[b] for texts in wrong for a, b in enumerate(texts))
+    assert len({tuple(texts) for texts in wrong}) == 8
+    own, picture = np.diag(yes).mean(), np.arange(len(rows))
+    others = np.mean([~yes[texts, picture] for texts in wrong])
+    assert metrics["match"]["value"] == pytest.approx((own + others) / 2, abs=1e-3)
+    third = shuffled(groups, seed=8)
+    dark = yes[picture, third].mean() + np.mean([~yes[texts, third] for texts in wrong])
+    assert metrics["match"]["blind"] == pytest.approx(dark / 2, abs=1e-3)
+
+
 class ByRule(Run):
     """Writes what it sees of the colour: a captioner without weights."""
 
