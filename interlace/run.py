@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
@@ -350,6 +351,14 @@ class Run:
             return config.bos_token_id, config.eos_token_id, config.pad_token_id
         return *ends(self.processor.tokenizer), self.processor.tokenizer.pad_token_id
 
+    @cached_property
+    def never_written(self) -> list[int]:
+        """Ids that are no words: the tokenizer's special tokens, the end excepted, and those that BERT keeps free. No
+        text ever taught them to be unlikely: what is drawn now and then is one of them."""
+        tokenizer = self.processor.tokenizer
+        free = {id for word, id in tokenizer.get_vocab().items() if re.fullmatch(r"\[unused\d+\]", word)}
+        return sorted((free | set(tokenizer.all_special_ids)) - {self._start()[1]})
+
     def caption(self, pictures: Iterable[Seen], prompt: str = "", beams: int = 3, max_length: int = 0,
                 min_length: int = 0, sample: bool = False, top_p: float = 0.9, seed: int = 0,
                 batch: int = 16) -> list[str]:  # fmt: skip
@@ -375,7 +384,8 @@ class Run:
             torch.manual_seed(seed)
             for chunk in chunks(pictures, batch):
                 ids = describe(self.model, self.half_image(chunk), torch.tensor([start, *words]), (start, end, pad),
-                               max_length=most, min_length=min_length, **way)  # fmt: skip
+                               max_length=most, min_length=min_length, suppress_tokens=self.never_written,
+                               **way)  # fmt: skip
                 texts += self._texts(ids[:, 1:], end)
         return texts
 
@@ -400,7 +410,8 @@ class Run:
         with torch.inference_mode():
             read = read_for(self.model, self.model.half_text(*self._words(questions)), self._each(pictures))
             assert self.model.decoder is not None
-            ids = write(self.model.decoder, read, beams=beams, max_length=max_length, min_length=0)
+            ids = write(self.model.decoder, read, beams=beams, max_length=max_length, min_length=0,
+                        suppress_tokens=self.never_written)  # fmt: skip
         return self._texts(ids[:, 1:], self._start()[1])
 
     def _texts(self, ids: Tensor, end: int) -> list[str]:

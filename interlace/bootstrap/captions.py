@@ -63,6 +63,6 @@ def sampled(run: Run, image: Half, ids: Sequence[str], seed: int, top_p: float, 
     most = max_length or run.processor.max_length
     drawn = torch.from_numpy(lots(ids, seed, most)).to(image.states.device)
     written = describe(run.model, image, torch.tensor([start]), (start, end, pad), beams=1, max_length=most,
-                       min_length=0, repetition_penalty=PENALTY,
+                       min_length=0, repetition_penalty=PENALTY, suppress_tokens=run.never_written,
                        logits_processor=LogitsProcessorList([Nucleus(drawn, top_p)]))  # fmt: skip
     return [" ".join(text.split()) for text in run._texts(written[:, 1:], end)]

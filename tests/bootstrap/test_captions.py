@@ -6,6 +6,7 @@ import torch
 
 from interlace.bootstrap.captions import Nucleus, likeliest, lots, sampled
 from interlace.data.pictures import open_picture
+from interlace.generate import describe
 from interlace.run import Run
 
 
@@ -63,3 +64,36 @@ def test_a_row_writes_the_same_alone_and_among_others(pretrained, noisy):
         other = sampled(run, half, ids, 1, 0.9)
     assert together == alone and together != other
     assert all(len(text.split()) < run.processor.max_length for text in together)
+
+
+def test_what_is_no_word_is_never_written_however_likely(pretrained, noisy):
+    run = Run.load(pretrained)
+    pictures = [open_picture(noisy.picture(i)) for i in noisy.indices("train")[:3].tolist()]
+    tokenizer, decoder = run.processor.tokenizer, run.model.decoder
+    none = [id for word, id in tokenizer.get_vocab().items() if word[0] == "[" and id != decoder.config.eos_token_id]
+    assert {tokenizer.pad_token_id, tokenizer.mask_token_id, decoder.config.bos_token_id} <= set(none)
+    assert set(run.never_written) == set(none)
+
+    def write():
+        with torch.inference_mode():
+            half = run.half_image(pictures)
+            texts = [decoder_texts(run, half, way) for way in ({}, {"beams": 1})]
+            return [*texts, run.caption(pictures), run.caption(pictures, sample=True), sampled(run, half, ids, 0, 0.9)]
+
+    ids = [noisy.pair(i).id for i in noisy.indices("train")[:3].tolist()]
+    before = write()
+
+    def likely(module, given, out):
+        out.logits[..., none] += 100
+        return out
+
+    hook = decoder.register_forward_hook(likely)
+    plain, greedy, *rest = write()
+    hook.remove()
+    assert plain != before[0] and greedy != before[1]  # where nobody forbids it, nothing else is written
+    assert rest == before[2:]
+
+
+def decoder_texts(run: Run, half, way) -> list[str]:
+    ids = describe(run.model, half, min_length=0, **way)
+    return run._texts(ids[:, 1:], run.model.decoder.config.eos_token_id)
