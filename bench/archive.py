@@ -1,6 +1,6 @@
 """What earlier runs said of each query, kept beside the figures of `bench.systems`: machines change, and a seed that
 was trained on one is compared with seeds trained on another. Headline measures alone; a seed counts as long as its
-recipes are what they were.
+recipes, and the measures, are what they were.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from interlace.held import Kept
 from interlace.settings import find_recipe
 
 Run = tuple[str, int, str, str]  # system, seed, recipe, after or without
+SCORED = "matching beside eight wrong texts of each row"  # what is said here anew makes earlier values others
 Archive = dict[Run, dict[str, Kept]]  # measure -> each query's value
 
 
 def digest(recipes: Sequence[str]) -> str:
-    """Of the recipes' text."""
-    text = "\n".join(find_recipe(name).read_text(encoding="utf-8") for name in recipes)
+    """Of the recipes' text, and of how their runs are scored."""
+    text = "\n".join([SCORED, *(find_recipe(name).read_text(encoding="utf-8") for name in recipes)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
