@@ -15,13 +15,12 @@ from interlace.held import Kept
 from interlace.settings import find_recipe
 
 Run = tuple[str, int, str, str]  # system, seed, recipe, after or without
-SCORED = "matching beside eight wrong texts of each row"  # what is said here anew makes earlier values others
 Archive = dict[Run, dict[str, Kept]]  # measure -> each query's value
 
 
-def digest(recipes: Sequence[str]) -> str:
-    """Of the recipes' text, and of how their runs are scored."""
-    text = "\n".join([SCORED, *(find_recipe(name).read_text(encoding="utf-8") for name in recipes)])
+def digest(recipes: Sequence[str], scored: Sequence[str] = ()) -> str:
+    """Of the recipes' text, and of what is said of how their runs are scored."""
+    text = "\n".join([*scored, *(find_recipe(name).read_text(encoding="utf-8") for name in recipes)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     text = report(results, more, source, facts, f"python -m bench.systems --seeds {','.join(map(str, all_seeds))}")
     print(text)
     keep(given.out, {"machine": facts, "source": source.name,
-                     "recipes": {system: archive.digest(names(system)) for system in results},
+                     "recipes": {system: archive.digest(names(system), scored_by(system)) for system in results},
                      "results": {s: {str(k): v for k, v in one.items()} for s, one in results.items()}})  # fmt: skip
     if given.out:
         archive.save(given.out.with_suffix(".npz"), values)
@@ -368,6 +368,11 @@ def names(system: str) -> list[str]:
     return [f"{system}-small", *recipes_of(system), *WRITES.get(system, ())]
 
 
+def scored_by(system: str) -> tuple[str, ...]:
+    """What measures have become since the first figures: seeds that were scored otherwise are not set beside these."""
+    return ("matching beside eight wrong texts of each row",) if recipes_of(system) else ()
+
+
 def add_earlier(file: Path, results: dict[str, dict[int, dict[str, Any]]], values: archive.Archive,
                 source: str) -> None:  # fmt: skip
     """Adds the seeds that `file` and the values beside it have and this folder of runs has not, asked for or not: what
@@ -377,8 +382,8 @@ def add_earlier(file: Path, results: dict[str, dict[int, dict[str, Any]]], value
     for system, one in before.get("results", {}).items() if before.get("source") == source else ():
         for seed in [seed for seed in map(int, one) if seed not in results.get(system, {})]:
             runs = [(system, seed, recipe, which) for recipe, which in fine_tuned(system)]
-            if before.get("recipes", {}).get(system) != archive.digest(names(system)):
-                print(f"{system}, seed {seed}: its recipes have changed since; it is left out")
+            if before.get("recipes", {}).get(system) != archive.digest(names(system), scored_by(system)):
+                print(f"{system}, seed {seed}: its recipes or measures have changed since; it is left out")
             elif all(run in known for run in runs):
                 results.setdefault(system, {})[seed] = one[str(seed)]
                 values |= {run: known[run] for run in runs}
