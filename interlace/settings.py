@@ -16,6 +16,7 @@ import yaml
 from interlace.compose import Composition
 from interlace.data.processor import Augment
 from interlace.errors import UserError, suggest
+from interlace.ranges import check_ranges
 
 
 @dataclass
@@ -87,35 +88,42 @@ class Settings:
 def load_settings(file: str | Path | None, overrides: list[str] | None = None) -> Settings:
     """A YAML file (or the name of a shipped recipe) with `key.sub=value` laid over it.
 
-    Raises UserError for a file that is not there, a misspelt key (with the nearest one) or a value of the wrong type.
+    Raises UserError for a file that is not there or no YAML, a misspelt key (with the nearest one) or one that stands
+    twice, and a value of the wrong type, out of its range, or without effect beside another.
     """
     given: Any = {}
     if file is not None:
         path = find_recipe(file)
-        try:
-            given = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not YAML: {error}") from None
+        given = read_yaml(path) or {}
         if not isinstance(given, dict):
             raise UserError(f"{path}: expected a mapping with {', '.join(_names(Settings))}; "
                             f"got {type(given).__name__}.")  # fmt: skip
     given.setdefault("objectives", {} if given.get("passes") else Settings().objectives)
+    laid: set[str] = set()
     for override in overrides or []:
         key, sign, text = override.partition("=")
         if not sign or not key:
             raise UserError(f"{override!r} is no override: write key.sub=value, for instance train.batch=32.")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, Once)
+        except KeyTwice as error:
+            raise UserError(f"{override!r}: {error}.") from None
         except yaml.YAMLError:
             value = text
         _lay(given, key.strip().split("."), value, override)
+        laid.add(key.strip())
     # an objective without options may be written as a bare line, `itc:`, and left out again by `objectives.itm=false`
-    left_out: set[str] = set()
-    if isinstance(given["objectives"], dict):
-        left_out = {name for name, options in given["objectives"].items() if options is False}
-        _check_left_out(left_out)
-        asked = given["objectives"].items()
-        given["objectives"] = {name: _options(options) for name, options in asked if options is not False}
+    asked = given["objectives"]
+    if not isinstance(asked, dict):
+        raise UserError("objectives: expected objectives and their options, such as {itc: {size: 256}}; got "
+                        f"{'nothing' if asked is None else repr(asked)}.")  # fmt: skip
+    left_out = {name for name, options in asked.items() if options is False}
+    _check_left_out(left_out)
+    given["objectives"] = {name: _options(options) for name, options in asked.items() if options is not False}
+    for name, options in given["objectives"].items():
+        if not isinstance(options, dict):
+            raise UserError(f"objectives.{name} takes options, such as {name}: {{weight: 0.5}}, or false to leave it "
+                            f"out; got {options!r}.{_if_unknown(name)}")  # fmt: skip
     given["passes"] = _plain_passes(given.get("passes") or [], left_out)
     if given["passes"] and given["objectives"]:
         raise UserError("give either objectives, each with a forward of its own, or passes, whose objectives share "
@@ -124,9 +132,66 @@ def load_settings(file: str | Path | None, overrides: list[str] | None = None) -
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Settings, None)
     try:
-        return Settings(**parser.instantiate(parser.parse_object(given)))
+        settings = Settings(**parser.instantiate(parser.parse_object(given)))
     except argparse.ArgumentError as error:
         raise UserError(_plainly(error)) from None
+    check_ranges(settings)
+    _check_system(settings.model, laid)
+    return settings
+
+
+class KeyTwice(yaml.YAMLError):
+    """Says which key, and where."""
+
+
+class Once(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice: of two the reader would keep the last, and say nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":  # << is no name of its own
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                where = f"lines {lines[name]} and {line}" if lines[name] != line else f"line {line}"
+                raise KeyTwice(f"the key {key.value!r} stands twice, in {where}: keep one")
+            lines[name] = line
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises UserError for one that is not text or not YAML, and for a key that stands twice in
+    one mapping."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Once)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"{path} is not UTF-8 text (byte {byte:#04x} at {error.start}): save it as UTF-8, or name the "
+                        "config you meant.") from None  # fmt: skip
+    except KeyTwice as error:
+        raise UserError(f"{path}: {error}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+
+
+def _check_system(model: Composition, laid: set[str]) -> None:
+    """Raises UserError for fusion or streams asked for beside a system, which has its own. `laid`: keys of overrides;
+    in a file the default asks for nothing, since a run's config.yaml has every key."""
+    usual = Composition()
+    for name in ("fusion", "streams"):
+        asked = getattr(model, name)
+        if model.system and (f"model.{name}" in laid or asked != getattr(usual, name)):
+            raise UserError(f"model.{name}={asked} has no effect beside model.system={model.system}, which says itself "
+                            f"where its streams meet: leave model.{name} out, or model.system.")  # fmt: skip
+
+
+def _if_unknown(name: str) -> str:
+    """That no objective has this name, and which is near."""
+    from interlace.objectives import Objective
+
+    return "" if name in Objective.known else f" No objective is called {name!r}.{suggest(name, Objective.known)}"
 
 
 def _options(given: Any) -> Any:
