@@ -7,6 +7,7 @@ rows of disk, not of Python objects. Only this file and `sources/` know how rows
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from interlace.errors import UserError, suggest
 
 SPLITS = ("train", "val", "test")
 Attribute = str | float | bool | None
+PART = "its "  # a reason that begins so is about a part of a row, its text or its .json: the row itself is kept
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,46 @@ QUESTION_SCHEMA = pa.schema(
 
 @dataclass
 class Problems:
-    """Rows that were skipped or repaired: all are counted, the first thousand are kept to be listed."""
+    """Rows that were skipped or repaired: all are counted, the first thousand are kept to be listed.
+
+    What stands before a reason's first colon is its kind: rows are counted by it."""
 
     count: int = 0
     first: list[tuple[int | str, str]] = field(default_factory=list)
     keep: int = 1000
+    again: bool = False  # the rows are read a second time: nothing about them is new
+    kinds: Counter[str] = field(default_factory=Counter)
     note: str = ""  # something worth saying about rows that were kept
+    doubts: int = 0  # rows that were kept and may not be what they seem
+    doubts_first: list[str] = field(default_factory=list)
+    bad_questions: int = 0  # questions that cannot be read, or are about no row
+    bad_first: list[tuple[int | str, str]] = field(default_factory=list)
+    question_kinds: Counter[str] = field(default_factory=Counter)
+    strangers: str = ""  # said when not one question is about a row
     lost_questions: int = 0  # questions about rows that were left out: they follow from those, and are one line
     lost_first: list[str] = field(default_factory=list)  # ids of the first few of them
 
-    def add(self, row: int | str, reason: str) -> None:
-        self.count += 1
+    def add(self, row: int | str, reason: str, rows: int = 1) -> None:
+        """`rows`: how many are gone for this one reason."""
+        if self.again:
+            return
+        self.count += rows
+        self.kinds[reason.split(":")[0]] += rows
         if len(self.first) < self.keep:
             self.first.append((row, reason))
+
+    def doubt(self, row: int | str, reason: str) -> None:
+        if self.again:
+            return
+        self.doubts += 1
+        if len(self.doubts_first) < 5:
+            self.doubts_first.append(f"{row}: {reason}")
+
+    def add_question(self, place: int | str, reason: str) -> None:
+        self.bad_questions += 1
+        self.question_kinds[reason.split(":")[0]] += 1
+        if len(self.bad_first) < self.keep:
+            self.bad_first.append((place, reason))
 
     def lose_question(self, question: str) -> None:
         self.lost_questions += 1
@@ -113,14 +142,24 @@ class Problems:
             self.lost_first.append(question)
 
     def absorb(self, other: Problems, where: str) -> None:
-        """Takes over another's problems, as rows of `where`, and empties it."""
-        for row, reason in other.first:
-            self.add(f"{where} {row}", reason)
-        self.count += other.count - len(other.first)
+        """Takes over another's problems, as those of `where`, and empties it."""
+        if not self.again:
+            self.count += other.count
+            self.kinds += other.kinds
+            self.first = [*self.first, *((f"{where} {row}", why) for row, why in other.first)][: self.keep]
+            self.doubts += other.doubts
+            self.doubts_first = [*self.doubts_first, *(f"{where} {doubt}" for doubt in other.doubts_first)][:5]
+        self.bad_questions += other.bad_questions
+        self.question_kinds += other.question_kinds
+        self.bad_first = [*self.bad_first, *((f"{where} {at}", why) for at, why in other.bad_first)][: self.keep]
         self.note = self.note or other.note
+        self.strangers = self.strangers or (f"{where}: {other.strangers}" if other.strangers else "")
         self.lost_first = [*self.lost_first, *(f"{where}/{question}" for question in other.lost_first)][:5]
         self.lost_questions += other.lost_questions
-        other.first, other.count, other.lost_questions, other.lost_first = [], 0, 0, []
+        empty = Problems()
+        for name in ("count", "kinds", "first", "doubts", "doubts_first", "bad_questions", "question_kinds",
+                     "bad_first", "lost_questions", "lost_first"):  # fmt: skip
+            setattr(other, name, getattr(empty, name))
 
 
 def stored_attribute(value: Any, kind: str) -> Attribute:
@@ -173,12 +212,33 @@ class Source:
 
     @property
     def problems(self) -> list[tuple[int | str, str]]:
-        """(row, reason) of the rows skipped or repaired while opening: the first thousand; `n_problems` counts all."""
-        return self._problems.first
+        """(row, reason) of the rows skipped or repaired while opening, then of the questions: the first thousand of
+        each; `n_problems` counts all."""
+        return self._problems.first + self._problems.bad_first
 
     @property
     def n_problems(self) -> int:
-        return self._problems.count
+        return self._problems.count + self._problems.bad_questions
+
+    def left_out(self) -> str:
+        """One sentence on what the data has and this source does not, such as "8 of 48 rows left out (not UTF-8: 8):
+        `interlace data check` lists them"; empty when nothing is missing."""
+        kinds, asked = self._problems.kinds, self._problems.question_kinds.copy()
+        asked["about rows that were left out"] += self._problems.lost_questions
+        torn = Counter({kind: n for kind, n in kinds.items() if kind.startswith(PART)})
+        told = []
+        for what, some, kept in (("rows left out", kinds - torn, len(self)), ("questions left out", asked,
+                                 self.n_questions), ("rows incomplete", torn, len(self) - torn.total())):  # fmt: skip
+            if n := some.total():
+                reasons = ", ".join(f"{kind}: {count:,}" for kind, count in some.most_common(3) if count)
+                more = ", ..." if len(+some) > 3 else ""
+                told.append(f"{n:,} of {kept + n:,} {what} ({reasons}{more})")
+        return f"{', '.join(told)}: `interlace data check` lists them" if told else ""
+
+    @property
+    def doubts(self) -> list[str]:
+        """The first few of the rows that were kept and may not be what they seem."""
+        return self._problems.doubts_first
 
     @property
     def n_lost_questions(self) -> int:

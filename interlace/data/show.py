@@ -12,6 +12,7 @@ from rich.table import Table
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.rows import Pair, Source
 from interlace.data.sources import open_source
+from interlace.errors import UserError
 
 
 def show(
@@ -24,17 +25,22 @@ def show(
     """Prints the first rows of the training split (of all, when it is empty) with their questions.
 
     With a `processor` it also prints the shapes of the batch these rows make and the words left after tokenizing; a
-    `tokenizer` alone gives the words.
+    `tokenizer` alone gives the words. Raises UserError for fewer than one row.
     """
+    if rows < 1:
+        raise UserError(f"rows: expected at least 1 to show, got {rows}.")
     opened = source if isinstance(source, Source) else open_source(source, columns)
     console = Console(highlight=False)
     console.print(repr(opened), markup=False)
     for line in opened.describe_columns():
         console.print(line, markup=False, style="yellow" if line.startswith("NOTE") else None, soft_wrap=True)
-    if opened.n_problems:
-        console.print(f"{opened.n_problems:,} rows left out, for example {opened.problems[0]}", markup=False)
-    if opened.n_lost_questions:
-        console.print(f"{opened.n_lost_questions:,} questions about rows that were left out", markup=False)
+    if missing := opened.left_out():
+        console.print(missing, markup=False, soft_wrap=True)
+    if opened.problems:
+        row, reason = opened.problems[0]
+        console.print(f"for example {row}: {reason}", markup=False, soft_wrap=True)
+    for doubt in opened.doubts:
+        console.print(f"kept, but look at {doubt}", markup=False, soft_wrap=True)
     indices = opened.indices("train")
     chosen = (indices if len(indices) else opened.indices())[:rows].tolist()
     pairs = [opened.pair(i) for i in chosen]

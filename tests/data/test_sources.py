@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import tarfile
 
 import pyarrow as pa
@@ -72,6 +73,145 @@ def test_quoted_line_breaks_and_bad_lines(tmp_path):
     assert source.n_problems == 4
     assert "1 instead of 2" in reasons[2] and "UTF-8" in reasons[3] and "missing file" in reasons[4]
     assert "web address" in reasons[5]
+
+
+def numbered(folder, n=47):
+    """The lines of a table of n rows: row i is line i + 2."""
+    make_pictures(folder, 1)
+    return ["image,caption,id", *(f"000.png,a chair with {i} legs,{i}" for i in range(n))]
+
+
+def test_a_quote_that_nobody_closes_is_found(tmp_path):
+    lines = numbered(tmp_path)
+    lines[7] = '000.png,"a chair with 6 legs,6'
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    source = open_source(tmp_path / "a.csv")
+    ((row, reason),) = source.problems
+    assert len(source) == 6 and source.n_problems == 41
+    assert row == "line 8" and "opened and not closed: up to line 48, the file's end, 41 lines became one" in reason
+    assert source.left_out().startswith("41 of 47 rows left out (a quote is opened and not closed: 41): ")
+    lines[7] = '000.png,a chair with 6 legs,"6'  # in the last cell, so that the row has as many as it should
+    (tmp_path / "a.csv").write_text("\r\n".join(lines))
+    assert open_source(tmp_path / "a.csv").problems == [(row, reason)]
+
+
+def test_quotes_that_close_in_another_row_are_found(tmp_path):
+    lines = numbered(tmp_path)
+    for i in (7, 9, 20, 30):
+        lines[i] = lines[i].replace(",a", ',"a', 1)
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    source = open_source(tmp_path / "a.csv")
+    assert [row for row, _ in source.problems] == ["line 8", "line 21"] and source.n_problems == 3 + 11
+    assert "closed in another row: lines 8 to 10 became one row" in source.problems[0][1]
+    assert [pair.id for pair in source.pairs()] == [str(i) for i in range(47) if i not in {6, 7, 8, *range(19, 30)}]
+    lines[12] = "gone.png,x,11"
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert (12, "missing file: gone.png") in open_source(tmp_path / "a.csv").problems  # rows keep their numbers
+
+
+@pytest.mark.parametrize("cells", ['chair {}",red', 'chair, number {}",red', 'chair {}",'])
+def test_an_open_quote_among_quoted_cells_takes_one_row_more(tmp_path, cells):
+    names = make_pictures(tmp_path, 4)
+    lines = [f'{name},"{cells.format(i)}' for i, name in enumerate(names)]
+    lines[1] = lines[1].replace('",', ",")
+    (tmp_path / "a.csv").write_text("\n".join(["image,caption,colour", *lines]))
+    source = open_source(tmp_path / "a.csv")
+    assert [pair.id for pair in source.pairs()] == ["000.png", "003.png"]
+    assert source.n_problems == 2 and "lines 3 to 4 became one row" in source.problems[0][1]
+
+
+def test_a_quoted_cell_that_holds_rows_is_kept_with_a_doubt(tmp_path):
+    lines = numbered(tmp_path)
+    lines[7], lines[9] = '000.png,"a chair', 'with 8 legs",8'
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    source = open_source(tmp_path / "a.csv")
+    assert source.n_problems == 0 and len(source) == 45
+    (doubt,) = source.doubts
+    assert doubt.startswith("line 8: a cell of lines 8 to 10 holds lines that look like rows, such as '000.png,a chair")
+
+
+def test_line_breaks_in_quoted_cells_are_no_doubt(tmp_path):
+    make_pictures(tmp_path, 1)
+    for header, cells in (("image,caption", '"Oak, grey,\nand wool, or so"'),
+                          ("image,caption", '"one ""two"",\r\nthree, four\n"'),
+                          ("image,caption,colour,room", '"Oak, grey, red, blue\nold, new, big, small",red,"hall\n"'),
+                          ("image,caption", '"Tisch,\n3,5 m breit"'),
+                          ("image,caption", '"an oak\n"old" chair"'),  # not well written, and clear all the same
+                          ("image\tcaption\tcolour", '"Oak,grey,red\nold,new,big"\tred')):  # fmt: skip
+        separator = "\t" if "\t" in header else ","
+        (tmp_path / "a.csv").write_text(f"{header}\n000.png{separator}{cells}\n", newline="")
+        source = open_source(tmp_path / "a.csv")
+        assert len(source) == 1 and source.problems == [] and source.doubts == []
+        assert source.left_out() == ""
+
+
+def test_an_open_quote_in_the_header(tmp_path):
+    (tmp_path / "a.csv").write_text('image,"caption\n000.png,x\n')
+    with pytest.raises(UserError, match="the header opens a quote and does not close it"):
+        open_source(tmp_path / "a.csv")
+
+
+def test_what_is_left_out_is_told_in_a_sentence(tmp_path):
+    make_pictures(tmp_path, 2)
+    (tmp_path / "a.csv").write_bytes(b"id,image,caption\nA,000.png,one\nB,gone.png,two\nC,001.png,caf\xe9\nD,x.png,x\n")
+    told = "3 of 4 rows left out (missing file: 2, not UTF-8: 1)"
+    assert open_source(tmp_path / "a.csv").left_out() == f"{told}: `interlace data check` lists them"
+    asked = [{"pair_id": p, "question": "what?", "answers": "x"} for p in "ABZ"]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    told += ", 2 of 3 questions left out (no pair with id: 1, about rows that were left out: 1)"
+    assert open_source(tmp_path / "a.csv").left_out() == f"{told}: `interlace data check` lists them"
+    twice = open_source([tmp_path / "a.csv", tmp_path / "a.csv"]).left_out()
+    assert twice.startswith("6 of 8 rows left out (missing file: 4, not UTF-8: 2), 4 of 6 questions")
+    (tmp_path / "q.jsonl").write_text('{"image": "000.png", "question": "what?", "answer": "x"}\n[1]\n')
+    assert open_source(tmp_path / "q.jsonl").left_out().startswith("1 of 2 rows left out (not a JSON object: 1)")
+
+
+def test_a_row_without_its_text_is_not_left_out(tmp_path):
+    (name,) = make_pictures(tmp_path, 1)
+    (tmp_path / name).with_suffix(".txt").write_bytes(b"caf\xe9")
+    source = open_source(tmp_path)
+    assert len(source) == 1
+    assert source.left_out().startswith("1 of 1 rows incomplete (its text is not readable: 1): ")
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", 1e9]]}', "at most 1, got 1000000000"),
+    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", 3], ["no", 1]]}', "repeat the word in a list"),
+    ('{"pair_id": "000.png", "question": "what?", "answers": {"lamp": -1}}', "above 0 and at most 1, got -1"),
+    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", NaN]]}', "above 0 and at most 1, got NaN"),
+    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", "much"]]}', 'at most 1, got "much"'),
+    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", 1], ["light"]]}', "expected words, or pairs"),
+    ('{"pair_id": "000.png", "answers": ["lamp"]}', "no `question`: expected {"),
+    ('{"question": "what?", "answers": ["lamp"]}', "no `pair_id`: expected {"),
+    ('["000.png", "what?", "lamp"]', "not an object: expected {.*, got a list"),
+    ('{"pair_id": ', "not readable as JSON"),
+])  # fmt: skip
+def test_a_wrong_question_is_left_out_and_said_in_words(tmp_path, line, said):
+    make_pictures(tmp_path, 1)
+    (tmp_path / "a.csv").write_text("image,caption\n000.png,one\n")
+    good = '{"pair_id": "000.png", "question": "what?", "answers": [["lamp", 1.0], ["light", 0.3]]}'
+    (tmp_path / "questions.jsonl").write_text(f"\ufeff{good}\n{line}\n")
+    source = open_source(tmp_path / "a.csv")
+    assert [q.answers[0] for q in source.questions()] == [("lamp", 1.0)]
+    ((place, reason),) = source.problems
+    assert place == "questions.jsonl line 2" and re.search(said, reason) and "Error" not in reason
+
+
+def test_a_wrong_weight_in_a_table_of_questions(tmp_path):
+    make_pictures(tmp_path, 1)
+    rows = [{"image": "000.png", "question": "what?", "answer": answer} for answer in ("lamp", [["lamp", 7]])]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    source = open_source(tmp_path / "q.json")
+    assert source.n_questions == 1 and source.problems[0][0] == 2 and "at most 1, got 7" in source.problems[0][1]
+
+
+def test_blanks_around_an_attribute_are_not_part_of_it(tmp_path):
+    names = make_pictures(tmp_path, 2)
+    file = write_csv(tmp_path / "a.csv", ("image", "caption", "colour", "group"),
+                     [(names[0], " a  b ", " red", "g "), (names[1], "c", "red\u00a0", "g")])  # fmt: skip
+    source = open_source(file)
+    assert source.attribute("colour") == ["red", "red"] and source.pair(0).caption == "a b"
+    assert source.pair(0).group == source.pair(1).group == "g"
 
 
 def test_questions_about_rows_left_out_are_counted_not_listed(tmp_path):
@@ -483,6 +623,30 @@ def test_what_cannot_be_opened_is_explained(tmp_path):
         open_source(tmp_path / "a.parquet")
     with pytest.raises(UserError, match="Did you mean 'train'"):
         open_source(tmp_path, split="trian")
+
+
+def test_why_no_row_is_left_is_told_with_its_remedy(tmp_path):
+    names = make_pictures(tmp_path / "p", 4)
+
+    def said(rows, header=("image", "caption", "fold")):
+        with pytest.raises(UserError) as error:
+            open_source(write_csv(tmp_path / "a.csv", header, rows))
+        return str(error.value)
+
+    message = said([(f"p/{name}", "x", i) for i, name in enumerate(names)])
+    assert "no row of 4 can be used. Reasons: unknown split (4)" in message and "row 1: unknown split: '0'" in message
+    assert "column 'fold' was taken for the splits" in message and "train, training" in message
+    assert "rename it in the table" in message and "--pictures" not in message
+    message = said([(f"https://host/{name}", "x", "") for name in names])
+    assert "never opened: download the pictures" in message and "--pictures" not in message
+    message = said([(f"p\\{name}", "x", "") for name in names])
+    assert r"backslashes in a path: p\000.png (write p/000.png)" in message and "--pictures" not in message
+    message = said([(f"q\\{name}", "x", "") for name in names])
+    assert r"missing file: q\000.png" in message and "--pictures FOLDER" in message
+    (tmp_path / "broken.tar").write_bytes(b"no tar at all" * 500)
+    with pytest.raises(UserError, match=r"broken.tar: no row of 1 can be used.*cut off or is not a tar: ") as error:
+        open_source(tmp_path / "broken.tar")
+    assert "--pictures" not in str(error.value)
 
 
 def test_unknown_split_words_are_listed(tmp_path):

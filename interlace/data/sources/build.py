@@ -30,7 +30,9 @@ SPLIT_WORDS = {
     "val": 1, "valid": 1, "validation": 1, "dev": 1, "eval": 1,
     "test": 2, "testing": 2,
 }  # fmt: skip
-
+# kinds of reasons why a row is left out that have a remedy of their own
+SPLIT, ADDRESS, MISSING = "unknown split", "a web address, not a file", "missing file"
+BACKSLASH, SHARD = "backslashes in a path", "shard not readable to its end"
 
 Batch = tuple[Sequence[int | str], dict[str, list[Any]]]
 
@@ -160,6 +162,12 @@ def _text(value: Any) -> str | None:
     return str(value)
 
 
+def _stripped(value: Any) -> str | None:
+    """Without the blanks around it, so that a filter finds what a person sees."""
+    text = _text(value)
+    return text.strip() if text else text
+
+
 def _short(caption: str, width: int = 60) -> str:
     return caption if len(caption) <= width else caption[:width].rsplit(" ", 1)[0] + " ..."
 
@@ -174,7 +182,8 @@ class _Roots:
     def choose(self, cells: Iterable[Any]) -> str:
         if self.chosen is None:
             some = [cell for cell in cells if isinstance(cell, str) and cell][:200]
-            hits = [sum((base / cell).exists() for cell in some) for base in self.candidates]
+            # with backslashes they are not found, but it can be said where they would be
+            hits = [sum((base / cell.replace("\\", "/")).exists() for cell in some) for base in self.candidates]
             self.chosen = str(self.candidates[int(np.argmax(hits))].absolute())
         return self.chosen
 
@@ -221,7 +230,7 @@ def build(
     if read == 0 and not problems.count:
         raise UserError(f"{raw.where} is empty: expected at least one row with a picture.")
     if not id_codes:
-        raise UserError(_nothing_left(raw, roots, problems, read))
+        raise UserError(_nothing_left(raw, roles if raw.roles is None else raw.roles, roots, problems, read))
     ids, texts, paths = np.concatenate(id_codes), np.concatenate(text_codes), np.concatenate(path_codes)
     given_splits = np.concatenate(split_codes)
     fingerprint = digest.hexdigest()
@@ -250,18 +259,26 @@ def build(
     )
 
 
-def _nothing_left(raw: Raw, roots: _Roots, problems: Problems, read: int) -> str:
-    reasons: dict[str, int] = {}
-    for _, reason in problems.first:
-        kind = reason.split(":")[0]
-        reasons[kind] = reasons.get(kind, 0) + 1
-    common = ", ".join(f"{kind} ({count})" for kind, count in sorted(reasons.items(), key=lambda item: -item[1])[:3])
-    example = problems.first[0] if problems.first else ("?", "?")
+def _nothing_left(raw: Raw, roles: dict[str, str], roots: _Roots, problems: Problems, read: int) -> str:
+    kinds = problems.kinds.most_common(3)
+    common = ", ".join(f"{kind} ({count})" for kind, count in kinds)
+    row, reason = next(((row, why) for row, why in problems.first if why.split(":")[0] == kinds[0][0]), ("?", "?"))
+    hint = {
+        SPLIT: f"The column {roles.get('split')!r} was taken for the splits. If it is one (--column split=NAME names "
+        f"another), its cells may be {', '.join(SPLIT_WORDS)} or empty; if it is not, such as numbers of folds, rename "
+        "it in the table, for instance to fold_number.",
+        ADDRESS: "Web addresses are never opened: download the pictures and write their files' paths into "
+        f"{roles.get('image')!r}.",
+        BACKSLASH: f"Write the paths in {roles.get('image')!r} with / instead.",
+        SHARD: "The shard is cut off or is not a tar: copy it anew, or list it with `tar -tf FILE`.",
+        MISSING: f"Relative paths were looked up in {roots.chosen or raw.root}; give their folder with --pictures "
+        "FOLDER (data.pictures=FOLDER in a config, pictures= in Python) if they lie elsewhere.",
+    }.get(kinds[0][0], "")
+    about_pictures = kinds[0][0] in (ADDRESS, BACKSLASH, MISSING, "no picture", "not a path", "a folder, not a picture")
+    lacks = "has a readable picture" if about_pictures else "can be used"
     return (
-        f"{raw.where}: no row of {max(read, problems.count)} has a readable picture. Reasons: {common}. "
-        f"For example row {example[0]}: {example[1]}. Relative paths were looked up in {roots.chosen or raw.root}; "
-        "give their folder with --pictures FOLDER (data.pictures=FOLDER in a config, pictures= in Python) if they lie "
-        "elsewhere."
+        f"{raw.where}: no row of {max(read, problems.count)} {lacks}. Reasons: {common}. For example row {row}: "
+        f"{reason}. {hint}".strip()
     )
 
 
@@ -316,12 +333,12 @@ def _batch(
             out["caption"].append(caption)
             out["name"].append(given_name or _short(caption) or Path(label).stem)
             if "group" in role:
-                out["group"].append(_text(role["group"][i]) or None)
+                out["group"].append(_stripped(role["group"][i]) or None)
             out["text_key"].append(normalised(caption) or normalised(given_name))
             out["path_key"].append(path if offset is None else f"{path}:{offset}")
             out["split"].append(split)
             out["hash"].append(bits)
-            attributes = [_text(cells[column][i]) for column in extra]
+            attributes = [_stripped(cells[column][i]) for column in extra]
             for column, value in zip(extra, attributes):
                 out["@" + column].append(value)
             given_group = out["group"][-1] if "group" in role else ""
@@ -345,12 +362,14 @@ def _picture(cell: Any, base: str) -> tuple[str, int | None, int | None, str, st
         raise ValueError("no picture: the cell is empty" if cell in (None, "") else f"not a path: {str(cell)[:60]!r}")
     cell = cell.strip()
     if cell.startswith(("http://", "https://", "s3://", "gs://")):
-        raise ValueError(f"a web address, not a file: {cell[:80]} (download the pictures first)")
+        raise ValueError(f"{ADDRESS}: {cell[:80]} (download the pictures first)")
     path = os.path.join(base, cell)
     try:
         facts = os.stat(path)
     except (OSError, ValueError):
-        raise ValueError(f"missing file: {cell}") from None
+        if "\\" in cell and os.path.exists(os.path.join(base, cell.replace("\\", "/"))):
+            raise ValueError(f"{BACKSLASH}: {cell} (write {cell.replace(chr(92), '/')})") from None
+        raise ValueError(f"{MISSING}: {cell}") from None
     if stat.S_ISDIR(facts.st_mode):
         raise ValueError(f"a folder, not a picture: {cell}")
     return path, None, None, cell, f"{facts.st_size} {facts.st_mtime_ns}"
@@ -362,7 +381,7 @@ def _split(cell: Any) -> int:
     if not word:
         return -1
     if word not in SPLIT_WORDS:
-        raise ValueError(f"unknown split: {cell!r} (expected train, val or test)")
+        raise ValueError(f"{SPLIT}: {cell!r} (expected train, val or test)")
     return SPLIT_WORDS[word]
 
 
@@ -416,6 +435,7 @@ def _questions(raw: Raw, table: pa.Table, problems: Problems, digest: Any, left_
     """The questions whose pair exists, as a table; those about rows that were left out are counted, others listed."""
     found: dict[str, int] | None = None
     tables: list[pa.Table] = []
+    stranger = ""
     for number, group in enumerate(_chunks(raw.questions() if raw.questions is not None else ())):
         if found is None:
             found = {key: i for i, key in enumerate(table.column("id").to_pylist())}
@@ -428,7 +448,8 @@ def _questions(raw: Raw, table: pa.Table, problems: Problems, digest: Any, left_
                 if hash64(pair_id) in left_out:
                     problems.lose_question(name)
                 else:
-                    problems.add(f"question {name}", f"no pair with id: {pair_id}")
+                    problems.add_question(f"question {name}", f"no pair with id: {pair_id}")
+                    stranger = stranger or pair_id
                 continue
             out["id"].append(name)
             out["row"].append(row)
@@ -438,6 +459,12 @@ def _questions(raw: Raw, table: pa.Table, problems: Problems, digest: Any, left_
             out["kind"].append(str(question.get("kind") or ""))
             digest.update(repr((out["id"][-1], out["question"][-1], question["answers"])).encode())
         tables.append(pa.table(out, schema=QUESTION_SCHEMA))
+    if stranger and not problems.lost_questions and not any(map(len, tables)):
+        known = next(iter(found or {}))
+        problems.strangers = (
+            f"none is about a row: a question's `pair_id` is such as {stranger[:80]!r}, a row's id such as "
+            f"{known[:80]!r}. Ids are the column `id` (or item_id, sku, ...; --column id=NAME), else the picture's path"
+        )
     return pa.concat_tables(tables).combine_chunks() if tables else QUESTION_SCHEMA.empty_table()
 
 

@@ -46,14 +46,20 @@ def as_questions(raw: Raw, wanted: dict[str, str] | None) -> Raw:
             yield [places[i] for i, _ in keep], out
 
     def questions() -> Iterator[dict[str, Any]]:
+        raw.problems.again = True
         for places, cells in raw.batches():
             labels = cells.get("__label__")
             for i, cell in enumerate(cells[roles["image"]]):
                 answers = cells[roles["answer"]][i] if "answer" in roles else None
+                try:
+                    answers = weighted(answers) if answers not in (None, "") else []
+                except ValueError as error:
+                    raw.problems.add_question(places[i], str(error))
+                    continue
                 yield {
                     "pair_id": labels[i] if labels and isinstance(cell, Picture) else _key(cell),
                     "question": cells[roles["question"]][i] or "",
-                    "answers": weighted(answers) if answers not in (None, "") else [],
+                    "answers": answers,
                     "id": cells[roles["question_id"]][i] if "question_id" in roles else places[i],
                     "kind": cells[roles["kind"]][i] if "kind" in roles else None,
                 }

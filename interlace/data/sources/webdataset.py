@@ -18,7 +18,7 @@ from typing import Any
 
 from interlace.data.pictures import SUFFIXES
 from interlace.data.rows import Picture, Problems
-from interlace.data.sources.build import Raw, batched_dicts
+from interlace.data.sources.build import SHARD, Raw, batched_dicts
 from interlace.data.sources.chain import split_in_name
 from interlace.data.sources.shard_index import Say, ShardIndex
 from interlace.errors import UserError
@@ -112,7 +112,7 @@ def _grouped(file: Path, problems: Problems) -> Iterator[tuple[str, dict[str, An
     try:
         yield from index.kept(_walked(file, say), told)
     except (tarfile.TarError, OSError) as error:
-        problems.add(file.name, f"shard not readable to its end: {error}")
+        problems.add(file.name, f"{SHARD}: {error}")
 
 
 def _walked(file: Path, say: Say) -> Iterator[tuple[str, dict[str, Any]]]:
