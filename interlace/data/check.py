@@ -1,8 +1,9 @@
 """`interlace data check`: what would hurt a training run, found before it starts.
 
-Errors (exit status 1): rows or pictures that cannot be read, the same picture in two splits, no rows. Everything else
-is a warning or a number to know. One pass decodes every distinct picture once, at a fraction of its size, in threads
-(Pillow lets go of Python's lock while it decodes); what is kept of each is 208 bytes, on disk when there are many.
+Errors (exit status 1): rows, questions or pictures that cannot be read, the same picture in two splits, all of training
+one group, no rows. Everything else is a warning or a number to know. One pass decodes every distinct picture once, at a
+fraction of its size, in threads (Pillow lets go of Python's lock while it decodes); what is kept of each is 208 bytes,
+on disk when there are many.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from interlace.data.duplicates import THUMB, connected, equal_pairs, near_pairs,
 from interlace.data.pictures import BadPicture, open_picture
 from interlace.data.rows import SPLITS, Source, stored_attribute
 from interlace.data.sources import open_source
-from interlace.data.sources.build import hash64
+from interlace.data.sources.build import hash64, normalised
+from interlace.errors import UserError
 
 CHUNK = 64  # pictures per task
 IN_MEMORY = 500_000  # pictures whose thumbnails (192 bytes each) are held in memory
@@ -117,12 +119,16 @@ def check(
     writes a CSV of id and group in which duplicates share a group: join it to your table as the column `group`, and no
     duplicate straddles a split any more.
 
-    Raises UserError when the source cannot be opened at all (a missing column, no rows).
+    Raises UserError when the source cannot be opened at all (a missing column, no rows), and for a `max_length` below
+    1.
     """
+    if max_length is not None and max_length < 1:
+        raise UserError(f"max_length: expected at least 1 token, got {max_length}.")
     opened = source if isinstance(source, Source) else open_source(source, columns)
     counts = {split: len(opened.indices(split)) for split in SPLITS}
     report = Report(opened.name, len(opened), counts, columns=opened.describe_columns())
     _check_rows(opened, report)
+    _check_groups(opened, report)
     _check_pictures(opened, report, workers or min(8, os.cpu_count() or 1))
     _check_captions(opened, report, max_length, tokenizer)
     _check_attributes(opened, report)
@@ -134,15 +140,37 @@ def check(
 
 
 def _check_rows(source: Source, report: Report) -> None:
-    examples = [f"{row}: {reason}" for row, reason in source.problems]
-    report.add("error", "rows left out", source.n_problems, "they could not be read and will not be used", examples)
     lost = source._problems
+    examples = [f"{row}: {reason}" for row, reason in lost.first]
+    report.add("error", "rows left out", lost.count, "they could not be read and will not be used", examples)
+    report.add("warning", "rows to look at", lost.doubts, "they were kept", lost.doubts_first)
+    examples = [f"{place}: {reason}" for place, reason in lost.bad_first]
+    report.add("error", "wrong questions", lost.bad_questions, lost.strangers or "they will not be used", examples)
     detail = "questions about rows that were left out"
     report.add("warning", "questions left out", lost.lost_questions, detail, lost.lost_first)
     report.add("warning", "repeated ids", int(bool(source._problems.note)), source._problems.note)
     for split, count in report.splits.items():
         if count == 0:
             report.add("warning", f"no {split} rows", 1, "a score on them is impossible" if split != "train" else "")
+
+
+def _check_groups(source: Source, report: Report) -> None:
+    """An error when the training rows, or all rows where none trains, are one group: none is another's negative."""
+    rows = source.indices("train")
+    what = f"all {len(rows):,} train rows"
+    if not len(rows):
+        rows, what = source.indices(), f"all {len(source):,} rows"
+    if len(rows) < 2 or len(np.unique(source.group_codes[rows])) > 1:
+        return
+    first = source.pair(int(rows[0]))
+    captions = {normalised(text) for text in source.captions().take(rows).to_pylist()}
+    if not first.group.startswith("~"):
+        why = f"their `group` is {first.group[:40]!r}; leave the column out, or give different things different groups"
+    elif len(captions) == 1 and captions != {""}:
+        why = f"they have the same text, {first.caption[:60]!r}; is another column the caption?"
+    else:
+        why = "they are joined by equal texts, the same file or near-equal `phash`; give groups in a column `group`"
+    report.add("error", "one group", len(rows), f"{what} are one group, so nothing can be told apart: {why}")
 
 
 def _keys(source: Source) -> np.ndarray:
@@ -281,7 +309,7 @@ def _check_leaks(
     if beyond is not None:
         rows &= ~leaked(beyond)
     found = np.flatnonzero(rows)
-    fix = "scores on them are too good; give such rows one `group` (write_groups makes a list), or drop them"
+    fix = "scores on them are too good; give such rows one `group` (`--write-groups FILE` lists them), or drop them"
     report.add("error", what, len(found), fix, _groups(source, found, labels, whole=True))
 
 

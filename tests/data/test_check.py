@@ -94,7 +94,7 @@ def test_duplicates_within_and_across_splits(tmp_path):
     report = check(tmp_path)
     leak = found(report, "the same picture in two splits")
     assert report.exit_status == 1 and leak.level == "error" and leak.count == 1
-    assert leak.examples == ["000.png (train) = 019.png (test)"]
+    assert leak.examples == ["000.png (train) = 019.png (test)"] and "`--write-groups FILE` lists them" in leak.detail
     drawing(5).save(tmp_path / "copy.jpg", quality=90)
     rows[-1][0] = "copy.jpg"
     report = check(write(tmp_path, rows))
@@ -141,6 +141,64 @@ def test_questions_and_answers(tmp_path):
     unknown = found(report, "answers never seen in train")
     assert unknown.count == 1 and unknown.examples == ["green"]
     assert found(report, "questions without an answer").count == 1
+
+
+def test_wrong_questions_are_an_error_and_ids_that_match_nothing_are_explained(tmp_path):
+    write(tmp_path, healthy(tmp_path))
+    asked = {"question": "colour?", "answers": ["red"]}
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps({"pair_id": i, **asked}) for i in range(3)))
+    wrong = found(check(tmp_path), "wrong questions")
+    assert (wrong.level, wrong.count) == ("error", 3) and "'0', a row's id such as '000.png'" in wrong.detail
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"pair_id": "000.png", **asked}) + "\n[]\n")
+    report = check(tmp_path)
+    wrong = found(report, "wrong questions")
+    assert wrong.count == 1 and wrong.detail == "they will not be used" and "rows left out" not in levels(report)
+    assert report.exit_status == 1
+
+
+@pytest.mark.parametrize(("caption", "group", "why"), [
+    ("a photo", "", "they have the same text, 'a photo'"),
+    ("number {}", "chairs", "their `group` is 'chairs'"),
+    ("", "chairs", "their `group` is 'chairs'"),
+])  # fmt: skip
+def test_training_rows_of_one_group_are_an_error(tmp_path, caption, group, why):
+    rows = [[*row[:3], group] for row in healthy(tmp_path)]
+    for i, row in enumerate(rows):
+        row[1] = caption.format(i)
+    one = found(check(write(tmp_path, rows, "image,caption,split,group")), "one group")
+    assert (one.level, one.count) == ("error", 16)
+    assert one.detail.startswith(f"all 16 train rows are one group, so nothing can be told apart: {why}")
+    hashed = [[*row[:2], row[3]] for row in rows]  # all rows fall into one split, whichever it is
+    one = found(check(write(tmp_path, hashed, "image,caption,group")), "one group")
+    assert one.count == 20
+    rows[0][3] = "another"
+    assert "one group" not in levels(check(write(tmp_path, rows, "image,caption,split,group")))
+
+
+def test_an_open_quote_is_an_error_and_a_cell_of_rows_a_warning(tmp_path, capsys):
+    rows = [[*row[:2], row[2]] for row in healthy(tmp_path)]
+    write(tmp_path, rows, "image,caption,split")
+    whole = (tmp_path / "pairs.csv").read_text()
+    (tmp_path / "pairs.csv").write_text(whole.replace("caption 6", '"caption 6'))
+    report = check(tmp_path)
+    left = found(report, "rows left out")
+    assert report.exit_status == 1 and left.count == 14 and left.examples[0].startswith("line 8: a quote is opened")
+    lines = whole.splitlines()
+    lines[7], lines[9] = '006.png,"caption', 'and more",train'
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    report = check(tmp_path)
+    assert found(report, "rows to look at").level == "warning" and report.exit_status == 0
+    show(tmp_path, rows=1)
+    assert "kept, but look at line 8: a cell of lines 8 to 10" in capsys.readouterr().out
+
+
+def test_numbers_that_make_no_sense(tmp_path):
+    write(tmp_path, healthy(tmp_path))
+    for n in (0, -3):
+        with pytest.raises(UserError, match=f"max_length: expected at least 1 token, got {n}"):
+            check(tmp_path, tokenizer=Words(), max_length=n)
+        with pytest.raises(UserError, match=f"rows: expected at least 1 to show, got {n}"):
+            show(tmp_path, tokenizer=Words(), rows=n)
 
 
 def test_a_missing_column_is_an_error(tmp_path):
