@@ -12,7 +12,7 @@ from PIL.Image import Resampling
 
 from interlace.data.check import check
 from interlace.data.pictures import open_picture
-from interlace.data.scenes import PLACES, Thing, make_scenes, parse_per_split
+from interlace.data.scenes import PLACES, Thing, make_scenes, parse_cells, parse_per_split
 from interlace.data.scenes.draw import Drawer
 from interlace.data.scenes.words import noun, phrase
 from interlace.data.sources import open_source
@@ -227,6 +227,13 @@ def test_per_split_is_a_factor_or_numbers(text, value):
     assert parse_per_split(text) == value
     with pytest.raises(UserError, match="scenes per picture"):
         parse_per_split(text + "x")
+
+
+def test_cells_are_numbers():
+    assert parse_cells("2") == [2] and parse_cells("2, 4") == [2, 4]
+    for text in ("x", "2,x", ""):
+        with pytest.raises(UserError, match=f"numbers from 2 to 4, such as 2 or 2,3,4; got '{text}'"):
+            parse_cells(text)
 
 
 @pytest.mark.parametrize("name, short", [

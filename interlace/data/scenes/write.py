@@ -93,6 +93,14 @@ def make_scenes(source: Source, out: str | Path, cells: Sequence[int] = (2,), si
     return made
 
 
+def parse_cells(text: str) -> list[int]:
+    """ "2,3" -> [2, 3]. Raises UserError for anything but numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"cells: expected numbers from 2 to 4, such as 2 or 2,3,4; got {text!r}.") from None
+
+
 def parse_per_split(text: str) -> float | dict[str, int]:
     """ "4" -> 4.0, "train=2000,val=200" -> numbers by split. Raises UserError for anything else."""
     try:
