@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -20,6 +21,7 @@ from interlace.data.sources import open_source
 from interlace.errors import UserError
 from interlace.evaluate import blind_of, evaluate, rows_of
 from interlace.held import Kept, Score
+from interlace.ranges import RANGES, check_range
 from interlace.run import MARK, Run, write_json
 from interlace.settings import Settings, load_settings
 from interlace.tasks.uncertainty import Difference, holm, paired_difference
@@ -37,9 +39,11 @@ def compare(config: str | None, overrides: list[str], fusions: list[str], stream
     """Trains each fusion x streams x seed (finished runs are found again), scores all on `split` of each source, tests
     every difference between two variants, prints both tables and writes `comparison.json` and `comparison.md` to `out`.
 
-    Raises UserError for settings that cannot work, before anything is trained.
+    Raises UserError for settings that cannot work or would be ignored, before anything is trained.
     """
+    _check_varied(overrides, {"--fusion": fusions, "--streams": streams, "--seeds": seeds})
     base = load_settings(config, overrides)
+    _check_composed(base)
     variants = [(s, f) for s in streams for f in fusions]
     for kind, fusion in variants:
         from interlace.schedule import fused
@@ -62,6 +66,32 @@ def compare(config: str | None, overrides: list[str], fusions: list[str], stream
     print(table(results))
     print("\n" + what_differs(tests))
     return {"results": results, "differences": [asdict(t) for t in tests]}
+
+
+VARIED = {"model.fusion": "--fusion", "model.streams": "--streams", "train.seed": "--seeds", "train.out": "--out"}
+
+
+def _check_varied(overrides: list[str], given: dict[str, list]) -> None:
+    """Raises UserError for a value that stands twice, a seed that is none, and a key that every run gets anew."""
+    for flag, values in given.items():
+        twice = [value for value, count in Counter(values).items() if count > 1]
+        if twice:  # one run under two names tells nothing about chance
+            raise UserError(f"{flag} has {twice[0]} more than once: name each once.")
+    for seed in given["--seeds"]:
+        check_range("each of --seeds", seed, RANGES["train.seed"])
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in VARIED:
+            raise UserError(f"{override} would have no effect: compare sets {key} for each run. Say it with "
+                            f"{VARIED[key]}.")  # fmt: skip
+
+
+def _check_composed(base: Settings) -> None:
+    """Raises UserError for a model that says itself where its streams meet: all its runs would be the same."""
+    for key, value in (("model.system", base.model.system), ("model.start", base.model.start)):
+        if value:
+            raise UserError(f"compare varies model.fusion and model.streams, which {key}={value} fixes: take a "
+                            "composed recipe such as demo.")  # fmt: skip
 
 
 def variant(base: Settings, fusion: str, streams: str, seed: int, out: Path) -> Settings:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from interlace.compare import Comparison, compare, differences, load_kept, paired, save_kept, what_differs
+from interlace.errors import UserError
 from interlace.held import Kept, shuffled
 from interlace.tasks.uncertainty import bootstrap_interval, holm, paired_difference
 
@@ -140,6 +141,30 @@ def test_blind_pictures_are_of_another_group(sizes):
     assert sorted(other) == list(range(len(groups)))  # each picture once
     assert all(groups[o] != g for o, g in zip(other, groups))
     assert (shuffled(["a"] * 5) != np.arange(5)).all() and (shuffled(["a"] * 5 + ["b"]) != np.arange(6)).all()
+
+
+def called(config="demo", overrides=(), fusions=("late", "mid"), streams=("dual",), seeds=(0,)):
+    return compare(config, list(overrides), list(fusions), list(streams), list(seeds), Path("nothing-is-written"))
+
+
+@pytest.mark.parametrize("given, said", [
+    ({"config": "uniter-small"}, "compare varies model.fusion and model.streams, which model.system=uniter fixes: take "
+                                 "a composed recipe such as demo."),
+    ({"overrides": ["model.start=runs/one"]}, "which model.start=runs/one fixes"),
+    ({"seeds": (0, 1, 0)}, "--seeds has 0 more than once"),
+    ({"fusions": ("late", "late")}, "--fusion has late more than once"),
+    ({"streams": ("dual", "dual")}, "--streams has dual more than once"),
+    ({"seeds": (-1,)}, "each of --seeds is from 0 to 4294967295; got -1"),
+    ({"seeds": ()}, "at least one seed"),
+    ({"overrides": ["train.seed=3"]}, "train.seed=3 would have no effect: compare sets train.seed for each run. Say it "
+                                      "with --seeds."),
+    ({"overrides": ["train.out=runs/x"]}, "Say it with --out"),
+    ({"overrides": ["model.fusion=late"]}, "Say it with --fusion"),
+])  # fmt: skip
+def test_runs_that_would_be_the_same_are_not_compared(given, said):
+    with pytest.raises(UserError) as error:
+        called(**given)
+    assert said in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------- real runs
