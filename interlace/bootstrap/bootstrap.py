@@ -35,9 +35,10 @@ from interlace.bootstrap.parts import Parts
 from interlace.bootstrap.score import batches
 from interlace.bootstrap.sheet import write_sheet
 from interlace.bootstrap.table import Table
-from interlace.bootstrap.threshold import POOR, Decision, fit
+from interlace.bootstrap.threshold import POOR, Decision, fit, held_out, labelled
 from interlace.data.rows import Source
 from interlace.errors import UserError
+from interlace.ranges import RANGES, check_range
 from interlace.run import Run, write_json
 from interlace.search.lock import disk_trouble
 
@@ -106,12 +107,12 @@ def bootstrap(run: str | Path, source: Source, out: str | Path, *, captioner: st
     not learn from.
     `named`: keys of `data` for the configs of the fine-tuned runs (source, columns, pictures).
 
-    Raises UserError: a run without a part it needs, no captions in the training split, a folder with another plan, a
-    threshold that cannot be fitted, or one that not a single text passes.
+    Raises UserError: a run without a part it needs, no captions in the training split, more folds than it has groups, a
+    folder with another plan, a threshold that cannot be fitted, or one that not a single text passes.
     """
     decision = decision or Decision()
     decision.check()
-    _check(top_p, max_length, batch)
+    _check(top_p, max_length, batch, seed, finetune)
     folder = Path(out).expanduser()
     rows = source.indices(SPLIT)
     if not len(rows):
@@ -128,6 +129,12 @@ def bootstrap(run: str | Path, source: Source, out: str | Path, *, captioner: st
     if folds and (folds == 1 or folds < 0 or finetune is None or clean is not None):
         raise UserError("folds: 2 or more filters, each trained on the rows of the others' folds, so with fine-tuning "
                         f"and without --clean; got {folds}.")  # fmt: skip
+    groups = len(np.unique(np.asarray(source.group_codes)[rows]))
+    if folds > groups:
+        raise UserError(f"folds: at most as many as the {SPLIT} split of {source.name} has groups, {groups}; got "
+                        f"{folds}.")  # fmt: skip
+    if decision.threshold is None:  # said before the hours that training takes
+        labelled(source, decision.labels) if decision.labels else held_out(source)
     learnt_from = clean or source
     plan = {"source": source.fingerprint, "captioner": runs["captioner"].fingerprint if write else "",
             "filter": runs["filter"].fingerprint, "finetune": asdict(finetune) if finetune else None,
@@ -155,7 +162,7 @@ def bootstrap(run: str | Path, source: Source, out: str | Path, *, captioner: st
     return report
 
 
-def _check(top_p: float, max_length: int, batch: int) -> None:
+def _check(top_p: float, max_length: int, batch: int, seed: int, finetune: Finetune | None) -> None:
     if not 0 < top_p <= 1:
         raise UserError("top_p is the share of the probability that words are drawn from, above 0 and at most 1; "
                         f"got {top_p}.")  # fmt: skip
@@ -164,6 +171,14 @@ def _check(top_p: float, max_length: int, batch: int) -> None:
                         f"training; got {max_length}.")  # fmt: skip
     if batch < 1:
         raise UserError(f"batch: expected 1 or more pictures, got {batch}.")
+    check_range("seed", seed, RANGES["train.seed"])
+    if finetune is None:
+        return
+    if finetune.steps < 1:  # to a training 0 would mean as many as its epochs give
+        raise UserError(f"steps of each fine-tuning are at least 1; got {finetune.steps}. Leave fine-tuning out with "
+                        "--no-finetune.")  # fmt: skip
+    for name in ("batch", "lr"):  # before the folder is made, which would hold the wrong plan
+        check_range(f"{name} of the fine-tuning", getattr(finetune, name), RANGES[f"train.{name}"])
 
 
 @contextmanager

@@ -37,12 +37,14 @@ def corrupt(source: Source, out: str | Path, share: float = 0.3, seed: int = 0, 
     groups. The truth stays in the columns `caption_true` and `corrupted` (yes, no); groups, splits, attributes and
     questions stay with their pictures. No caption goes to a picture of its group, or to one that has the same words.
 
-    Raises UserError for a share that is no share, captions that cannot be exchanged (one group holds more than half of
-    them), and a folder that is there already.
+    Raises UserError for a share that is no share, a seed below 0, captions that cannot be exchanged (one group holds
+    more than half of them), and a folder that is there already.
     """
     folder = Path(out).expanduser()
     if not 0 < share <= 1:
         raise UserError(f"share: expected more than 0 and at most 1, got {share}.")
+    if seed < 0:
+        raise UserError(f"seed is at least 0; got {seed}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: choose another folder, or remove it first.")
     captions = source.captions()

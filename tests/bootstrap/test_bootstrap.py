@@ -251,10 +251,29 @@ def test_another_plan_wants_another_folder(cleaned, pretrained, noisy):
 
 
 @pytest.mark.parametrize("options,says", [({"top_p": 0}, "above 0"), ({"max_length": 2}, "3 or more"),
-                                          ({"batch": 0}, "1 or more")])  # fmt: skip
+                                          ({"batch": 0}, "1 or more"), ({"seed": -1}, "seed is from 0"),
+                                          ({"finetune": Finetune(steps=0)}, "at least 1; got 0. .*--no-finetune"),
+                                          ({"finetune": Finetune(batch=0)}, "batch of the fine-tuning is at least 1"),
+                                          ({"finetune": Finetune(lr=-1)}, "lr of the fine-tuning is")])  # fmt: skip
 def test_options_that_make_no_sense(pretrained, noisy, tmp_path, options, says):
     with pytest.raises(UserError, match=says):
         bootstrap(pretrained, noisy, tmp_path / "clean", **options)
+    assert not (tmp_path / "clean").exists()
+
+
+def test_more_folds_than_groups_are_refused(pretrained, noisy, tmp_path):
+    groups = len({noisy.group(row) for row in noisy.indices("train").tolist()})
+    with pytest.raises(UserError, match=rf"folds: at most as many as the train split of .* has groups, {groups}; got"):
+        bootstrap(pretrained, noisy, tmp_path / "clean", write=False, folds=groups + 1, finetune=Finetune())
+    assert not (tmp_path / "clean").exists()
+
+
+def test_a_threshold_that_cannot_be_fitted_is_said_before_any_training(pretrained, noisy, noisy_folder, tmp_path):
+    only_training = open_source(noisy_folder, split="train")
+    for source, decision in ((only_training, Decision()), (noisy, Decision(labels="corrupted=perhaps"))):
+        with pytest.raises(UserError, match=r"a threshold needs at least 10.*Give --threshold"):
+            bootstrap(pretrained, source, tmp_path / "clean", finetune=Finetune(steps=2, batch=8), decision=decision)
+        assert not (tmp_path / "clean").exists()
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(pretrained, noisy, tmp_path):

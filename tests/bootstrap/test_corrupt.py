@@ -69,6 +69,7 @@ def test_the_same_words_are_no_exchange():
 @pytest.mark.parametrize("options,says", [
     ({"share": 0}, "more than 0"),
     ({"share": 0.001}, "fewer than 2"),
+    ({"seed": -1}, "seed is at least 0; got -1"),
     ({"split": "tran"}, "Did you mean 'train'"),
 ])  # fmt: skip
 def test_bad_input_has_one_clear_sentence(few, tmp_path, options, says):
