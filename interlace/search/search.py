@@ -85,8 +85,8 @@ def search(
         mode: "vector" ranks by cosine; "text" by the words in name and caption (BM25); "hybrid" fuses both rankings by
             reciprocal rank.
         rerank: order the best max(k, 50) by cosine + w * logit(p), p being the run's probability that text
-            and picture belong together and w the weight that served best on the run's validation split. None: when
-            there is a text, the run can, and w is not 0.
+            and picture belong together and w the weight that served best on the run's validation split; where w is 0,
+            by p alone. None: when there is a text, the run can, and w is not 0.
 
     Raises UserError: nothing to search for, a text over 2,000 characters, `k`, `weight` or `mode` out of range, a
     filter that does not parse, an unknown `like`, a picture that cannot be read, another run than the index's.
@@ -109,7 +109,9 @@ def search(
     if reranks and text:
         _match(index, run, text, hits)
         w = run.match_weight
-        hits.sort(key=lambda hit: (hit.match is not None, hit.score + w * _logit(hit.match)), reverse=True)
+        # without a weight nobody re-ranks unless asked, and then for the order of matching, not for that of the cosine
+        hits.sort(key=lambda hit: (hit.match is not None, hit.score + w * _logit(hit.match) if w else hit.match or 0.0),
+                  reverse=True)  # fmt: skip
     trusted = run.match_weight > 0
     result = _judged(index, hits[:k], text, picture is not None or like is not None, weight, mode, tree, total, trusted)
     result.seconds = time.perf_counter() - started
