@@ -28,6 +28,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number from `least` up."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
+        return value
+
+    return number
+
+
+def seconds(text: str) -> float:
+    """For argparse: a number from 0 up."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:  # as NaN is not
+        raise argparse.ArgumentTypeError(f"expected a number of seconds from 0 up, got {text!r}")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="interlace", description="From a table of pictures and texts to a search box.")
     parser.add_argument("--version", action="version", version=f"interlace {__version__}")
@@ -54,12 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
                      help="packages downloaded elsewhere, for a machine without network")  # fmt: skip
     sub = verb("show", do.data_show, "print rows, batch shapes and the words the model sees", parts)
     source(sub)
-    sub.add_argument("--rows", type=int, default=3)
+    sub.add_argument("--rows", type=at_least(1), default=3)
     sub.add_argument("--run", help="show what this run's processor makes of the rows")
     sub.add_argument("--text", default="minilm", help="text tower whose tokenizer to use without --run")
     sub = verb("check", do.data_check, "find unreadable files, leaks, duplicates, cut texts; exits 1 on errors", parts)
     source(sub)
-    sub.add_argument("--max-length", type=int, default=40, help="tokens a caption may have before it is cut")
+    sub.add_argument("--max-length", type=at_least(3), default=40, help="tokens a caption may have before it is cut")
     sub.add_argument("--text", default="minilm", help="text tower whose tokenizer counts")
     sub.add_argument("--write-groups", metavar="FILE", help="write the rows with the groups their pictures suggest")
 
@@ -83,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("out", help="the folder to write; the truth is in its columns caption_true and corrupted")
     sub.add_argument("--share", type=float, default=0.3, help="of the captions that go to pictures of other groups")
     sub.add_argument("--split", default="train", choices=["train", "val", "test"], help="whose captions")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=at_least(0), default=0)
 
     def short(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--batch", metavar="ROWS", help="the same as train.batch=ROWS")
@@ -98,14 +124,14 @@ def build_parser() -> argparse.ArgumentParser:
                "heart, time and memory")  # fmt: skip
     sub.add_argument("config", nargs="?", help="a YAML file or a shipped recipe, as for train")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    sub.add_argument("--seconds", type=float, default=120, help="at most so long on learning by heart")
+    sub.add_argument("--seconds", type=seconds, default=120, help="at most so long on learning by heart")
     short(sub)
 
     sub = verb("evaluate", do.evaluate_run, "score a run on held-out rows, beside chance and blind")
     sub.add_argument("run")
     source(sub)
     sub.add_argument("--split", default="test", choices=["train", "val", "test"])
-    sub.add_argument("--limit", type=int, default=10_000, help="rows at the most, sampled with a fixed seed")
+    sub.add_argument("--limit", type=at_least(1), default=10_000, help="rows at the most, sampled with a fixed seed")
     sub.add_argument("--regions", help="of a run that reads regions: stored ones of these pictures, which are then not "
                      "looked at")  # fmt: skip
     sub.add_argument("--out", help="write the numbers as JSON")
@@ -114,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run")
     source(sub)
     sub.add_argument("--split", default="test", choices=["train", "val", "test"])
-    sub.add_argument("--limit", type=int, default=10_000, help="scenes at the most, sampled with a fixed seed")
+    sub.add_argument("--limit", type=at_least(1), default=10_000, help="scenes at the most, sampled with a fixed seed")
     sub.add_argument("--out", help="write the numbers as JSON")
 
     sub = verb("compare", do.compare_runs, "late, mid and early fusion at the same budget, one table")
@@ -169,11 +195,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("text", nargs="?", help="words")
     sub.add_argument("--image", help="a picture to search by")
     sub.add_argument("--where", help='a filter: "category = Kitchen and width_cm < 80"')
-    sub.add_argument("-k", type=int, default=20)
+    sub.add_argument("-k", type=at_least(1), default=20)
     sub.add_argument("--weight", type=float, default=0.5, help="share of the picture when words and picture are given")
     sub.add_argument("--mode", default="vector", choices=["vector", "text", "hybrid"])
     sub.add_argument("--rerank", action=argparse.BooleanOptionalAction, default=None,
-                     help="second stage by the fusion layers (default: where the run has them)")  # fmt: skip
+                     help="second stage by the fusion layers (default: where the run's match_weight is above 0; "
+                          "asked for where it is 0, matching alone orders)")  # fmt: skip
     sub.add_argument("--index", help="folder of the index (default: RUN/index)")
     sub.add_argument("--json", action="store_true")
 
@@ -182,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("image")
     sub.add_argument("question")
     sub.add_argument("--allowed", help='only these answers: "Kitchen,Bathroom"')
-    sub.add_argument("-k", type=int, default=5)
+    sub.add_argument("-k", type=at_least(1), default=5)
     sub.add_argument("--json", action="store_true")
 
     sub = verb("caption", do.write_captions, "write about pictures, by a run that learnt to (lm, prefix_lm)")

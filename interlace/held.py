@@ -47,7 +47,10 @@ def readable(run: Run, source: Source, rows: np.ndarray, title: str):
 
 
 def sample_rows(rows: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
-    """All of them, or a seeded sample of `limit` in order: an evaluation is quadratic in its rows."""
+    """All of them, or a seeded sample of `limit` in order: an evaluation is quadratic in its rows. Raises UserError for
+    a limit below 1."""
+    if limit < 1:
+        raise UserError(f"limit, the rows at the most, is at least 1; got {limit}.")
     if len(rows) <= limit:
         return rows
     return np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))

@@ -46,19 +46,41 @@ def open_table(args: argparse.Namespace, run: str | None = None) -> Any:
 
 def run_data(run: str) -> dict[str, Any]:
     """The part `data` of the config a run was trained with; empty for a run that was made without one."""
-    import yaml
+    from interlace.settings import read_yaml
 
     file = Path(run).expanduser() / "config.yaml"
-    try:
-        config = yaml.safe_load(file.read_text()) if file.is_file() else None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML: {error}") from None
+    config = read_yaml(file) if file.is_file() else None
     data = config.get("data") if isinstance(config, dict) else None
     return data if isinstance(data, dict) else {}
 
 
 def as_list(source: str | list[str] | None) -> list[str]:
     return source if isinstance(source, list) else [source] if source else []
+
+
+def listed(given: str) -> list[str]:
+    """`"late,mid"` -> ["late", "mid"]."""
+    return [part.strip() for part in given.split(",")]
+
+
+def seeds(given: str) -> list[int]:
+    """`"0,1,2"` -> [0, 1, 2]. Raises UserError for anything but whole numbers."""
+    parts = listed(given)
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"--seeds: expected whole numbers from 0 up, such as 0,1,2; got {given!r}.")
+    return [int(part) for part in parts]
+
+
+def check_file(flag: str, file: str | None) -> None:
+    """That a result can be written there, said before the work that it is the result of. Raises UserError for a folder,
+    and for a file in a folder that does not exist."""
+    if not file:
+        return
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise UserError(f"{flag} {file} is a folder: name a file, which may lie in it.")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {file}: there is no folder {path.parent}. Make it first, or choose another.")
 
 
 def open_query_picture(path: str | None) -> Any:
@@ -104,9 +126,10 @@ def data_check(args: argparse.Namespace) -> int:
     from interlace.data.check import check
     from interlace.towers import load_tokenizer
 
+    check_file("--write-groups", args.write_groups)
     report = check(open_table(args), max_length=args.max_length,
                    tokenizer=load_tokenizer(args.text),
-                   write_groups=Path(args.write_groups) if args.write_groups else None)  # fmt: skip
+                   write_groups=Path(args.write_groups).expanduser() if args.write_groups else None)  # fmt: skip
     return report.exit_status
 
 
@@ -168,6 +191,7 @@ def evaluate_run(args: argparse.Namespace) -> int:
     from interlace.evaluate import evaluate, print_metrics
     from interlace.run import Run, write_json
 
+    check_file("--out", args.out)
     run = Run.load(args.run)
     if args.regions:
         from interlace.regions.open import open_regions
@@ -176,7 +200,7 @@ def evaluate_run(args: argparse.Namespace) -> int:
     metrics = evaluate(run, open_table(args, args.run), args.split, args.limit)
     print_metrics(metrics)
     if args.out:
-        write_json(Path(args.out), metrics)
+        write_json(Path(args.out).expanduser(), metrics)
     return 0
 
 
@@ -184,18 +208,19 @@ def binding_run(args: argparse.Namespace) -> int:
     from interlace.run import Run, write_json
     from interlace.tasks.binding import binding, print_binding
 
+    check_file("--out", args.out)
     result = binding(Run.load(args.run), open_table(args, args.run), args.split, args.limit)
     print_binding(result)
     if args.out:
-        write_json(Path(args.out), result)
+        write_json(Path(args.out).expanduser(), result)
     return 0
 
 
 def compare_runs(args: argparse.Namespace) -> int:
     from interlace.compare import compare
 
-    compare(args.config, args.overrides, fusions=args.fusion.split(","), streams=args.streams.split(","),
-            seeds=[int(s) for s in args.seeds.split(",")], out=Path(args.out))  # fmt: skip
+    compare(args.config, args.overrides, fusions=listed(args.fusion), streams=listed(args.streams),
+            seeds=seeds(args.seeds), out=Path(args.out))  # fmt: skip
     return 0
 
 

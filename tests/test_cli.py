@@ -7,10 +7,13 @@ import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from interlace.cli import main, parse
+from interlace.errors import UserError
+from interlace.held import sample_rows
 from interlace.run import Run
 from interlace.search import Index
 from interlace.settings import load_settings
@@ -72,6 +75,56 @@ def test_columns_given_win_over_the_runs(odd, shapes, capsys):
 def test_a_table_without_the_runs_columns_is_told_where_they_come_from(odd, shapes, capsys):
     assert main(["index", str(odd[0]), str(shapes)]) == 2
     assert "The names are the run's; say --column OURS=THEIRS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, said", [
+    ("data show shapes --rows 0", "argument --rows: expected a whole number from 1 up, got '0'"),
+    ("data show shapes --rows -1", "argument --rows: expected a whole number from 1 up, got '-1'"),
+    ("data check shapes --max-length 0", "argument --max-length: expected a whole number from 3 up, got '0'"),
+    ("data corrupt shapes out --seed -1", "argument --seed: expected a whole number from 0 up, got '-1'"),
+    ("doctor demo --seconds -1", "argument --seconds: expected a number of seconds from 0 up, got '-1'"),
+    ("doctor demo --seconds nan", "argument --seconds: expected a number of seconds from 0 up, got 'nan'"),
+    ("evaluate run shapes --limit 0", "argument --limit: expected a whole number from 1 up, got '0'"),
+    ("evaluate run shapes --limit -5", "argument --limit: expected a whole number from 1 up, got '-5'"),
+    ("binding run shapes --limit few", "argument --limit: expected a whole number from 1 up, got 'few'"),
+    ("answer run a.png what -k 0", "argument -k: expected a whole number from 1 up, got '0'"),
+    ("answer run a.png what -k -1", "argument -k: expected a whole number from 1 up, got '-1'"),
+    ("search run red -k 0", "argument -k: expected a whole number from 1 up, got '0'"),
+])  # fmt: skip
+def test_numbers_out_of_range_are_refused_with_what_was_expected(line, said, capsys):
+    with pytest.raises(SystemExit):
+        parse(line.split())
+    assert capsys.readouterr().err.endswith(f"error: {said}\n")
+
+
+@pytest.mark.parametrize("given", ["x", "", "1.5", "-1", "0,,1"])
+def test_seeds_are_whole_numbers(given, capsys):
+    assert main(["compare", "demo", f"--seeds={given}"]) == 2
+    assert f"--seeds: expected whole numbers from 0 up, such as 0,1,2; got {given!r}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, flag", [("evaluate run", "--out"), ("binding run", "--out"),
+                                           ("data check", "--write-groups")])  # fmt: skip
+def test_a_result_that_cannot_be_written_is_said_before_the_work(command, flag, shapes, tmp_path, capsys):
+    """The run does not exist: to load it would be another error."""
+    start = [*command.split(), str(shapes), flag]
+    assert main([*start, str(tmp_path / "nosuch" / "x.json")]) == 2
+    assert f"there is no folder {tmp_path / 'nosuch'}. Make it first" in capsys.readouterr().err
+    assert main([*start, str(tmp_path)]) == 2
+    assert f"{flag} {tmp_path} is a folder: name a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [0, -5])
+def test_a_python_caller_s_limit_has_the_same_range(limit):
+    with pytest.raises(UserError, match=f"limit, the rows at the most, is at least 1; got {limit}"):
+        sample_rows(np.arange(3), limit)
+
+
+def test_a_run_whose_config_is_no_text_is_named(odd, capsys):
+    run, table = odd
+    (run / "config.yaml").write_bytes("data: {source: größe}".encode("latin-1"))
+    assert main(["index", str(run), str(table)]) == 2
+    assert "config.yaml is not UTF-8 text" in capsys.readouterr().err
 
 
 def test_pictures_elsewhere(odd, shapes, capsys):
