@@ -21,22 +21,22 @@ from interlace.presets import Preset
 from interlace.run import save_run
 from interlace.towers import quiet
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 FITS = {"blip": "squash", "clip": "crop", "vilt": "squash"}  # of the releases' evaluation; others read regions
 LONGEST = 40  # tokens, where the model has more positions
 
 
 def tokenizer_for(source: Path, given: str) -> PreTrainedTokenizerBase | None:
-    """The one named, else the one beside the weights; None where there is neither."""
+    """The one named, else the one beside the weights; None where there is neither. Raises UserError for one that cannot
+    be read or knows no words."""
     if given:
         return towers.load_tokenizer(given)
     folder = source if source.is_dir() else source.parent
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not towers.has_vocabulary(folder) and not (folder / "tokenizer_config.json").is_file():
         return None
     try:
-        return hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the tokenizer beside the weights in {folder} cannot be read ({error}): name another one with "
+        return towers.read_tokenizer(folder)
+    except ValueError as error:
+        raise UserError(f"the tokenizer beside the weights in {folder} cannot be used ({error}): name another one with "
                         "--tokenizer.") from None  # fmt: skip
 
 

@@ -358,23 +358,49 @@ def _side(size: Any, default: int) -> int:
 
 # ------------------------------------------------------------------------------------------------------------ words
 
-VOCABULARIES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
-                "sentencepiece.bpe.model")
+# what tokenizers keep their words in; tokenizer_config.json holds none
+VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "dict.txt", "bpe.codes")
+LEAST_WORDS = 3  # beside special tokens: an empty tokenizer, as transformers makes one up, has two at the most
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """A file with a tokenizer's words lies in the folder."""
+    return any(file.is_file() for pattern in VOCABULARIES for file in folder.glob(pattern))
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a folder. Raises ValueError, with the reason alone, for one that cannot be read or
+    knows no words: without a vocabulary transformers makes up an empty one, which takes every word for [UNK]."""
+    bare = not has_vocabulary(folder)  # of use only to tokenizers of bytes and letters (ByT5, CANINE)
+    nothing = ValueError("tokenizer_config.json has no vocabulary beside it (tokenizer.json, vocab.txt, ...)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        raise ValueError(first_line(error)) from error
+    except Exception as error:  # its Rust part raises no narrower class
+        raise nothing if bare else ValueError(first_line(error)) from error
+    # a config can list runs of blanks and the like, which are words only beside a vocabulary
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if bare or token.special}
+    words = len(tokenizer) - len(special.union(tokenizer.all_special_ids))
+    if words < LEAST_WORDS:
+        raise nothing if bare else ValueError(f"besides special tokens it has {words} words")
+    return tokenizer
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The text tower's tokenizer, padding on the right. One without a padding token (GPT-2) pads with its end token:
-    only `attention_mask` tells such padding from text, never a comparison of ids. Raises UserError if it has neither.
+    only `attention_mask` tells such padding from text, never a comparison of ids. Raises UserError if it has neither,
+    and for a tokenizer that is not there, cannot be read or knows no words.
     """
     folder = resolve_tower(name, "text")
-    if not any((folder / file).is_file() for file in VOCABULARIES):  # transformers would make up an empty one
+    if not has_vocabulary(folder) and not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"Tower {name} has no tokenizer in {folder} (expected tokenizer.json or its like). Copy the "
                         "tokenizer's files there; save_pretrained of the tokenizer writes them.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise UserError(f"Tower {name} has no tokenizer that transformers can read in {folder}: {first_line(error)}"
-                        ) from error
+        tokenizer = read_tokenizer(folder)
+    except ValueError as error:
+        raise UserError(f"Tower {name} has no tokenizer that can be used in {folder}: {error}. Copy the tokenizer's "
+                        "files there; save_pretrained of the tokenizer writes them.") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(f"The tokenizer of tower {name} has neither a padding nor an end token; set `pad_token` in "

@@ -179,6 +179,20 @@ def test_without_words_it_is_a_model_and_says_what_is_missing(tmp_path, capsys):
         Run.load(tmp_path / "ours")
 
 
+def test_a_tokenizer_that_lost_its_vocabulary_is_not_taken(text_tower, tmp_path):
+    tokenizer = load_tokenizer(str(text_tower))
+    hf_clip(tmp_path / "theirs", vocabulary=len(tokenizer))
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    with pytest.raises(UserError, match=r"has no vocabulary beside it .*: name another one with --tokenizer"):
+        convert(tmp_path / "theirs", tmp_path / "ours", "clip", QUIET)
+    convert(tmp_path / "theirs", tmp_path / "ours", "clip", QUIET, tokenizer=str(text_tower))
+    for name in ("tokenizer.json", "vocab.txt"):
+        (tmp_path / "ours" / name).unlink(missing_ok=True)
+    assert (tmp_path / "ours" / "tokenizer_config.json").is_file()
+    with pytest.raises(UserError, match=r"ours has no tokenizer\.json: copy the run again"):
+        Run.load(tmp_path / "ours")
+
+
 def test_a_region_model_says_that_its_detector_is_not_here(text_tower, tmp_path):
     lxmert_folder(tmp_path / "theirs")
     with pytest.raises(UserError, match="another model's"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import socket
 import sys
 import zipfile
@@ -310,3 +311,53 @@ def test_a_tower_without_tokenizer_files(tmp_path):
     _, folder = saved(tmp_path, TEXT_TOWERS["bert"][0])
     with pytest.raises(UserError, match="has no tokenizer in"):
         towers.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("added", [
+    {},
+    {"[unused0]": True, "[unused1]": True, "[unused2]": True, "[unused3]": True},
+    {" " * n: False for n in range(2, 12)},  # as GPT-NeoX has: of use only where there are words between them
+], ids=["bare", "special", "blanks"])  # fmt: skip
+def test_a_tokenizer_without_its_vocabulary_is_refused_not_left_to_know_no_word(added, tmp_path):
+    _, folder = saved(tmp_path, TEXT_TOWERS["bert"][0])
+    listed = {str(n): {"content": word, "special": special} for n, (word, special) in enumerate(added.items(), 5)}
+    config = {"tokenizer_class": "BertTokenizer", "added_tokens_decoder": listed}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json has no vocabulary beside it \(tokenizer\.json, "
+                       r"vocab\.txt, \.\.\.\)\. Copy the tokenizer's files there"):  # fmt: skip
+        towers.load_tokenizer(folder)
+
+
+def test_a_vocabulary_of_special_tokens_alone_is_refused(tmp_path):
+    _, folder = saved(tmp_path, TEXT_TOWERS["bert"][0])
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    with pytest.raises(UserError, match="besides special tokens it has 0 words"):
+        towers.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind, files, pieces", [
+    ("BertTokenizer", {"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nred\nchair\n"}, 5),
+    ("RobertaTokenizer", {"vocab.json": json.dumps({w: n for n, w in enumerate(
+        ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"aredchi\u0120", "re", "red"])}),
+        "merges.txt": "#version: 0.2\nr e\nre d\n"}, 11),
+    ("ByT5Tokenizer", {}, 12),  # its words are bytes, which are in no file
+    ("PreTrainedTokenizerFast", {"tokenizer.json": word_tokenizer().backend_tokenizer.to_str()}, 3),
+])  # fmt: skip
+def test_a_vocabulary_in_any_form_is_read(kind, files, pieces, tmp_path):
+    _, folder = saved(tmp_path, TEXT_TOWERS["bert"][0])
+    named = {} if kind != "PreTrainedTokenizerFast" else {"pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, **named}))
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    tokenizer = towers.load_tokenizer(folder)
+    ids = tokenizer("a red chair")["input_ids"]
+    assert len(ids) == pieces and tokenizer.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+                                  "sentencepiece.bpe.model"])  # fmt: skip
+def test_where_words_are_kept(name, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert not towers.has_vocabulary(tmp_path)
+    (tmp_path / name).write_text("")
+    assert towers.has_vocabulary(tmp_path)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from interlace.errors import UserError
+from interlace.errors import UserError, first_line
 
 PROCESSOR_FILE = "preprocessor_config.json"
 
@@ -137,16 +137,46 @@ class Processor:
 
     @classmethod
     def load(cls, folder: str | Path) -> Processor:
-        """Raises UserError when the folder has no processor."""
-        from transformers import AutoTokenizer
+        """Raises UserError when the folder has no processor or no tokenizer, and when either is damaged."""
+        from interlace.towers import has_vocabulary, read_tokenizer
 
-        file = Path(folder) / PROCESSOR_FILE
-        if not file.is_file():
+        folder = Path(folder)
+        if not (folder / PROCESSOR_FILE).is_file():
             raise UserError(f"{folder} has no {PROCESSOR_FILE}: it is not a finished run folder.")
-        plain = json.loads(file.read_text())
-        plain["augment"] = Augment(**plain["augment"])
-        tokenizer = AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
-        return cls(tokenizer=tokenizer, **plain)
+        plain = read_part(folder, PROCESSOR_FILE, "augment", "size", "mean", "std", "max_length")
+        if (folder / "tokenizer_config.json").is_file():
+            read_part(folder, "tokenizer_config.json")  # else the blame would fall on tokenizer.json
+        try:
+            tokenizer = read_tokenizer(folder)
+        except ValueError as error:
+            if not has_vocabulary(folder):
+                raise UserError(f"{folder} has no tokenizer.json: copy the run again.") from None
+            raise damaged(folder, "tokenizer.json", error) from None
+        try:
+            plain["augment"] = Augment(**plain["augment"])
+            return cls(tokenizer=tokenizer, **plain)
+        except TypeError as error:
+            raise damaged(folder, PROCESSOR_FILE, error) from None
+
+
+def read_part(folder: Path, name: str, *keys: str) -> dict[str, Any]:
+    """A JSON file of a run folder. Raises UserError when it cannot be read or lacks a key."""
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a mapping, got {type(content).__name__}")
+        if missing := [key for key in keys if key not in content]:
+            raise ValueError(f"it has no {missing[0]}")
+    except (OSError, ValueError) as error:
+        raise damaged(folder, name, error) from None
+    return content
+
+
+def damaged(folder: Path, name: str, error: BaseException) -> UserError:
+    """What to say of a run one of whose files cannot be read."""
+    why = f"it has no {error.args[0]}" if isinstance(error, KeyError) else getattr(error, "strerror", None)
+    return UserError(f"{folder} is damaged: {name} cannot be read ({why or first_line(error)}): copy the run again, or "
+                     "train it again.")  # fmt: skip
 
 
 def asdict_shallow(processor: Processor) -> dict[str, Any]:
