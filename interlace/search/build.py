@@ -85,9 +85,19 @@ def build_index(
         committed: called with the ids of each commit, after it.
 
     Raises UserError: another process is writing (named by its id), the index belongs to another run, the folder holds
-    something else, the disk is full, the source is empty, or not one picture of it could be read.
+    something else, the disk is full, the source is empty, or not one picture of it could be read; and for a path in
+    place of a run or a source.
     """
     started = time.monotonic()
+    if not hasattr(run, "encode_pictures"):
+        raise UserError(
+            f"Expected a loaded run, got {repr(run)[:60]} ({type(run).__name__}). Run.load(path) loads one."
+        )
+    if not hasattr(source, "indices"):
+        raise UserError(
+            f"Expected a source, got {repr(source)[:60]} ({type(source).__name__}). open_source(path) opens one: "
+            "build_index(run, open_source(path))."
+        )
     folder = Path(where) if where is not None else Path(run.folder) / "index"
     chosen = source.indices(split)
     if len(chosen) == 0:

@@ -213,6 +213,14 @@ def test_an_index_refuses_another_run(run, squares):
         len(reader)
 
 
+def test_a_path_is_no_run_and_no_source(run, squares):
+    with pytest.raises(UserError, match=r"Expected a source, got 'table\.csv' \(str\)\. open_source\(path\) opens one"):
+        build_index(run, "table.csv")
+    with pytest.raises(UserError, match=r"Expected a loaded run, got 'runs/shop' \(str\)\. Run\.load\(path\)"):
+        build_index("runs/shop", ListSource(squares(2)))
+    assert not (run.folder / "index").exists()
+
+
 def test_missing_half_written_and_foreign_folders(run, squares, tmp_path):
     with pytest.raises(UserError, match=r"No index at .*interlace index RUN SOURCE"):
         Index.open(tmp_path / "nowhere")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from interlace.data.pictures import SUFFIXES
@@ -55,9 +55,18 @@ def open_source(
     80/10/10 by a hash of their group. `pictures` is the folder that relative picture paths start from, when it is not
     the table's own.
 
-    Raises UserError for an unknown form, a missing path or column, an empty table, or no picture at all. Rows that
-    cannot be used are skipped and listed in `source.problems`.
+    Raises UserError for an unknown form, a missing path or column, an empty table, or no picture at all, and for an
+    argument of another type. Rows that cannot be used are skipped and listed in `source.problems`.
     """
+    for part in source if isinstance(source, list | tuple) else [source]:
+        if not isinstance(part, str | Path):
+            raise UserError(
+                f"Expected a sample's name, a path to pictures and texts, or a list of these; got {_shown(part)}."
+            )
+    if columns is not None and not isinstance(columns, Mapping):
+        raise UserError(
+            f"Expected columns as a mapping of roles to names, such as {{'caption': 'title'}}; got {_shown(columns)}."
+        )
     if split is not None and split not in SPLITS:
         raise UserError(f"No split {split!r}; the splits are {', '.join(SPLITS)}.{suggest(split, SPLITS)}")
     parts = source if isinstance(source, (list, tuple)) else _names(source) if str(source) else []
@@ -71,6 +80,11 @@ def open_source(
     keep_only_telling_splits(raws)
     opened = [build(raw, columns, split, folder) for raw in raws]
     return opened[0] if len(opened) == 1 else join(opened)
+
+
+def _shown(given: object) -> str:
+    text = " ".join(repr(given).split())  # that of a data frame has many lines
+    return f"{text if len(text) <= 60 else text[:60] + '...'} ({type(given).__name__})"
 
 
 def _names(source: str | Path) -> list[str | Path]:
