@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +17,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from interlace import __version__
-from interlace.data.pictures import open_picture
-from interlace.data.processor import PROCESSOR_FILE, Processor
+from interlace.config import VLConfig
+from interlace.data.pictures import BadPicture, open_picture, to_rgb
+from interlace.data.processor import PROCESSOR_FILE, Processor, damaged, read_part
 from interlace.data.rows import Picture
 from interlace.embed.regions import Regions
 from interlace.errors import UserError
@@ -40,10 +43,27 @@ Seen = Image.Image | RegionArrays  # of a picture: itself, or its stored regions
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Written aside and renamed, so that a reader sees the old file or the new one, never half of it."""
+    """Written aside and renamed, so that a reader sees the old file or the new one, never half of it; a failed write
+    leaves nothing. NaN and infinities, which JSON has not, become null. Raises UserError where a folder has that name.
+    """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: expected the name of a file to write, such as {file / 'scores.json'}.")
     aside = file.with_name(file.name + ".part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(file)
+    try:
+        text = json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False)
+        aside.write_text(text + "\n", encoding="utf-8")
+        aside.replace(file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    return [_without_nan(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def fingerprint(folder: Path) -> str:
@@ -88,6 +108,39 @@ def _share(folder: Path) -> None:
             file.chmod(wanted)
 
 
+def _model(folder: Path, facts: dict[str, Any]) -> VLModel:
+    """Raises UserError when the configuration or the weights are damaged, and when they do not fit each other."""
+    read_part(folder, "config.json", "model_type")  # without it transformers takes defaults, and blames the weights
+    try:
+        config = VLConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(folder, "config.json", error) from None
+    try:
+        with quiet():  # its report says less than the check below
+            loaded: Any = VLModel.from_pretrained(folder, config=config, local_files_only=True,
+                                                  output_loading_info=True)  # fmt: skip
+    except (OSError, SafetensorError) as error:
+        raise damaged(folder, WEIGHTS, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # its parts are built of what it says
+        raise damaged(folder, "config.json", error) from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # how transformers says that sizes differ
+            raise damaged(folder, WEIGHTS, error) from None
+        raise _unfit(folder, facts, "sizes differ") from None
+    model, report = loaded  # a pair, because of the loading info
+    if unfilled := sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]):
+        raise _unfit(folder, facts, f"{', '.join(unfilled[:3])}, ...")
+    return model
+
+
+def _unfit(folder: Path, facts: dict[str, Any], how: str) -> UserError:
+    wrote = facts.get("interlace")
+    by = f"interlace {wrote}" if wrote else "a version of interlace that did not note its number"
+    fix = f"install interlace {wrote}" if wrote and wrote != __version__ else "copy the run again"
+    return UserError(f"{folder}/{WEIGHTS} does not fit its config.json ({how}): the run was written by {by}, this is "
+                     f"{__version__}. Train it again, or {fix}.")  # fmt: skip
+
+
 class Run:
     """A loaded run folder. Texts and pictures in, vectors, probabilities and answers out."""
 
@@ -109,29 +162,24 @@ class Run:
                 raise UserError(f"the run in {folder} is not finished: it has no {MARK}. Start the same `interlace "
                                 "train` command again, it resumes from the newest complete checkpoint.")  # fmt: skip
             raise UserError(f"{folder} is not a run folder: it has no {MARK}. `interlace train` writes one.")
+        facts = read_part(folder, MARK, "fingerprint", "weights_bytes")
         try:
-            facts = json.loads((folder / MARK).read_text())
-            whole = (folder / WEIGHTS).stat().st_size == facts["weights_bytes"]
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{folder} is damaged: {error}. Copy the run again, or train it again.") from None
-        if not whole:
-            raise UserError(f"{folder}/{WEIGHTS} has {(folder / WEIGHTS).stat().st_size:,} bytes and should have "
-                            f"{facts['weights_bytes']:,}: the copy is incomplete. Copy the run again.")  # fmt: skip
+            size = (folder / WEIGHTS).stat().st_size
+        except OSError as error:
+            raise damaged(folder, WEIGHTS, error) from None
+        if size != facts["weights_bytes"]:
+            raise UserError(f"{folder}/{WEIGHTS} has {size:,} bytes and should have {facts['weights_bytes']:,}: the "
+                            "copy is incomplete. Copy the run again.")  # fmt: skip
         answers: dict[str, Any] = {"answers": [], "temperature": 1.0}
         if (folder / ANSWERS).is_file():
-            answers = json.loads((folder / ANSWERS).read_text())
-        with quiet():  # its report says less than the check below
-            loaded: Any = VLModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-        model, report = loaded  # a pair, because of the loading info
-        if unfilled := sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]):
-            wrote = facts.get("interlace")
-            by = f"interlace {wrote}" if wrote else "a version of interlace that did not note its number"
-            fix = f"install interlace {wrote}" if wrote and wrote != __version__ else "copy the run again"
-            raise UserError(f"{folder}/{WEIGHTS} does not fit its config.json ({', '.join(unfilled[:3])}, ...): the "
-                            f"run was written by {by}, this is {__version__}. Train it again, or {fix}.")  # fmt: skip
+            answers = read_part(folder, ANSWERS, *answers)
+            if not isinstance(answers["answers"], list) or not isinstance(answers["temperature"], int | float):
+                raise damaged(folder, ANSWERS, ValueError("expected a list of answers and a number"))
+        model: Any = _model(folder, facts)
+        processor = Processor.load(folder)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(folder, model.to(device), Processor.load(folder), answers["answers"], answers["temperature"], facts)
+        return cls(folder, model.to(device), processor, answers["answers"], answers["temperature"], facts)
 
     # ---------------------------------------------------------------------------------------------------- vectors
 
@@ -173,6 +221,9 @@ class Run:
         return "answers" in self.model.heads and bool(self.answers)
 
     def _words(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"expected a text, got {_shown(text)}.")
         ids, mask = self.processor.texts(texts)
         return ids.to(self.model.device), mask.to(self.model.device)
 
@@ -204,7 +255,9 @@ class Run:
 
     def half_image(self, pictures: Sequence[Seen], for_vector: bool = False) -> Half:
         """The image stream just before fusion; of a model that reads regions, the extractor finds them first, where
-        they are not given. `for_vector`: nobody will read it but the model's `alone`."""
+        they are not given. `for_vector`: nobody will read it but the model's `alone`. Raises UserError for what is no
+        picture."""
+        pictures = [_picture(picture) for picture in pictures]
         if not self.processor.regions:
             return self.model.half_image(self._pixels(cast(Any, pictures)), for_vector=for_vector)
         new = [picture for picture in pictures if isinstance(picture, Image.Image)]
@@ -222,14 +275,17 @@ class Run:
 
     @torch.inference_mode()
     def encode_texts(self, texts: Iterable[str], batch: int = 128) -> np.ndarray:
-        """-> (N, D) float32, L2-normalised. Raises UserError when the run has no contrast head."""
-        parts = [self.model.encode_text(*self._words(chunk)).float().cpu().numpy() for chunk in chunks(texts, batch)]
+        """-> (N, D) float32, L2-normalised. Raises UserError for anything but texts, and when the run has no contrast
+        head."""
+        several = chunks(_several(texts, "texts"), batch)
+        parts = [self.model.encode_text(*self._words(chunk)).float().cpu().numpy() for chunk in several]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
     @torch.inference_mode()
     def encode_pictures(self, pictures: Iterable[Image.Image], batch: int = 32) -> np.ndarray:
-        """-> (N, D) float32, L2-normalised; any iterable, only one batch of it is held at a time."""
-        halves = (self.half_image(chunk, for_vector=True) for chunk in chunks(pictures, batch))
+        """-> (N, D) float32, L2-normalised; any iterable, only one batch of it is held at a time. Pictures of any mode;
+        raises UserError for what is none, such as a path."""
+        halves = (self.half_image(chunk, for_vector=True) for chunk in chunks(_several(pictures, "pictures"), batch))
         parts = [self.model.alone(half, "image").float().cpu().numpy() for half in halves]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
@@ -237,12 +293,13 @@ class Run:
 
     @torch.inference_mode()
     def match(self, text: str, pictures: Iterable[Image.Image], batch: int = 32) -> np.ndarray:
-        """(N,) probability that the text belongs to each picture; the text is encoded once."""
+        """(N,) probability that the text belongs to each picture; the text is encoded once. Raises UserError for a run
+        without a match head, and for what is no text or no picture."""
         if not self.can_match:
             raise UserError(f"the run in {self.folder} has no match head: train it with the itm objective.")
         half, out = self.model.half_text(*self._words([text])), []
         vector = self.model.alone(half, "text") if self.dim else None  # (1, D)
-        for chunk in chunks(pictures, batch):
+        for chunk in chunks(_several(pictures, "pictures"), batch):
             image = self.half_image(chunk)
             cosine = None if vector is None else (vector * self.model.alone(image, "image")).sum(-1)
             logits = self.match_logits(half.rows(torch.zeros(len(chunk), dtype=torch.long)), image, cosine)
@@ -279,7 +336,7 @@ class Run:
         """One question each -> (N, A) logits over the answer list. A picture that stands there several times (the same
         object) is encoded once."""
         self._needs_answers()
-        words = self.model.half_text(*self._words(questions))
+        words = self.model.half_text(*self._words(_several(questions, "questions")))
         out = self.model.fuse(words, self._each(pictures), asked=self.model.asked_by("answers"))
         return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
 
@@ -292,8 +349,7 @@ class Run:
     def answer(self, picture: Image.Image, question: str, allowed: list[str] | None = None) -> list[tuple[str, float]]:
         """Answers with their probabilities, best first; they sum to 1 over the allowed ones and never leave the list.
         Raises UserError for an empty question or an allowed answer the run does not know."""
-        if not question.strip():
-            raise UserError("the question is empty: ask something, such as \"what is it?\".")
+        _ask([question])
         keep = self.allowed(allowed)
         logits = self.answer_logits([picture], [question])[0, keep]
         probabilities = (logits / self.temperature).softmax(-1).tolist()
@@ -307,6 +363,7 @@ class Run:
         if allowed is None:
             return list(range(len(self.answers)))
         index = {a.lower(): n for n, a in enumerate(self.answers)}
+        allowed = _several(allowed, "answers")
         unknown = [a for a in allowed if a.strip().lower() not in index]
         if unknown or not allowed:
             hint = suggest(unknown[0].strip().lower(), index) if unknown else ""
@@ -319,20 +376,26 @@ class Run:
 
     @property
     def learnt(self) -> set[str] | None:
-        """Names of the objectives the run was trained by; None for a run that was made without a config."""
+        """Names of the objectives the run was trained by; None for a run that was made without a config. Raises
+        UserError for a config that is damaged."""
         import yaml
 
         file = self.folder / "config.yaml"
         if not file.is_file():
             return None
-        config = yaml.safe_load(file.read_text())
-        return {name for one in [config.get("objectives") or {}, *(config.get("passes") or [])] for name in one}
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            return {name for one in [config.get("objectives") or {}, *(config.get("passes") or [])] for name in one}
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
+            raise damaged(self.folder, "config.yaml", error) from None
 
     @property
     def can_caption(self) -> bool:
         """It writes about a picture: with a decoder that reads one, or, trained by prefix_lm, with its own layers."""
         if self.model.decoder is not None:
-            return self.model.config.writes.context in ("image", "both") and self.learnt != {"vqa_writes"}
+            learnt = self.learnt or set()
+            answers_alone = "vqa_writes" in learnt and not learnt & {"lm", "prefix_lm"}
+            return self.model.config.writes.context in ("image", "both") and not answers_alone
         return "mlm" in self.model.heads and (self.learnt is None or "prefix_lm" in self.learnt)
 
     @property
@@ -382,7 +445,7 @@ class Run:
         texts: list[str] = []
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
-            for chunk in chunks(pictures, batch):
+            for chunk in chunks(_several(pictures, "pictures"), batch):
                 ids = describe(self.model, self.half_image(chunk), torch.tensor([start, *words]), (start, end, pad),
                                max_length=most, min_length=min_length, suppress_tokens=self.never_written,
                                **way)  # fmt: skip
@@ -405,8 +468,7 @@ class Run:
             choose = ", or let it choose from its list (answer)" if self.can_answer else ""
             raise UserError(f"the run in {self.folder} does not write answers: train it with the vqa_writes objective"
                             f"{choose}.")  # fmt: skip
-        if not all(question.strip() for question in questions):
-            raise UserError("the question is empty: ask something, such as \"what is it?\".")
+        _ask(_several(questions, "questions"))
         with torch.inference_mode():
             read = read_for(self.model, self.model.half_text(*self._words(questions)), self._each(pictures))
             assert self.model.decoder is not None
@@ -418,6 +480,40 @@ class Run:
         """Ids (B, L) -> their words up to the first end."""
         rows = [row[: row.index(end)] if end in row else row for row in ids.tolist()]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def _several(items: Any, what: str) -> Any:
+    """What was given, where it can be a list. Raises UserError for one thing alone: the letters of a text are texts."""
+    if isinstance(items, str | bytes) or not isinstance(items, Iterable):
+        fix = "" if items is None else ": put it into a list, [...]"
+        raise UserError(f"expected a list of {what}, got {_shown(items)}{fix}.")
+    return items
+
+
+def _ask(questions: list[str]) -> None:
+    for question in questions:
+        if not isinstance(question, str):
+            raise UserError(f"expected a question, got {_shown(question)}.")
+        if not question.strip():
+            raise UserError("the question is empty: ask something, such as \"what is it?\".")
+
+
+def _picture(given: Any) -> Seen:
+    """As opening a file gives it: 8-bit RGB, transparency over white; regions as they are."""
+    if isinstance(given, RegionArrays):
+        return given
+    if not isinstance(given, Image.Image):
+        fix = ": interlace.data.pictures.open_picture opens one" if isinstance(given, str | bytes | Path) else ""
+        raise UserError(f"expected a picture (PIL.Image.Image), got {_shown(given)}{fix}.")
+    try:
+        return to_rgb(given)
+    except (BadPicture, OSError) as error:  # Pillow reads the file of a picture when its pixels are asked for
+        raise UserError(f"a picture cannot be used: {error}.") from None
+
+
+def _shown(given: Any) -> str:
+    text = " ".join(repr(given).split())  # that of an array has many lines
+    return f"{text if len(text) <= 60 else text[:60] + '...'} ({type(given).__name__})"
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

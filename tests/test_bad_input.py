@@ -4,15 +4,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from interlace import train as module
 from interlace.checkpoints import newest_complete, step_of
+from interlace.cli import main
 from interlace.compose import Composition
+from interlace.data.pictures import open_picture
+from interlace.data.sources import open_source
 from interlace.errors import Stopped, UserError
 from interlace.objectives import MLM, MRFR
+from interlace.run import Run, write_json
 from interlace.settings import load_settings
 from interlace.train import train
 from tests.conftest import toy_settings, write_shapes
@@ -263,3 +268,163 @@ def test_a_run_does_not_go_on_over_other_data(shapes, text_tower, tmp_path, monk
         train(made)
     table.write_text(before)
     assert (train(made) / "run.json").is_file()  # as it was: the run goes on
+
+
+# ------------------------------------------------------------------------------------------- runs that were damaged
+
+
+@pytest.fixture(scope="module")
+def hardly_trained(shapes, text_tower, tmp_path_factory):
+    return train(toy_settings(shapes, text_tower, tmp_path_factory.mktemp("bad") / "run", **FAST))
+
+
+@pytest.fixture
+def copy(hardly_trained, tmp_path):
+    return Path(shutil.copytree(hardly_trained, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json", "answers.json", "preprocessor_config.json",
+                                  "tokenizer.json"])  # fmt: skip
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "", "\xff"])
+def test_a_damaged_run_names_the_file(name, content, copy):
+    (copy / name).write_text(content, encoding="latin-1")
+    with pytest.raises(UserError) as error:
+        Run.load(copy)
+    said = str(error.value)
+    assert said.startswith(f"{copy} is damaged: {name} cannot be read (")
+    assert said.endswith("): copy the run again, or train it again.") and "\n" not in said
+
+
+def test_commands_say_so_without_a_traceback(copy, capsys):
+    (copy / "config.json").write_text("{")
+    assert main(["search", str(copy), "red"]) == 2
+    assert f"error: {copy} is damaged: config.json cannot be read" in capsys.readouterr().err
+
+
+def test_parts_of_a_run_that_are_missing(copy):
+    answers = json.loads((copy / "answers.json").read_text())
+    (copy / "answers.json").write_text(json.dumps({"answers": answers["answers"]}))
+    with pytest.raises(UserError, match=r"answers\.json cannot be read \(it has no temperature\): copy the run again"):
+        Run.load(copy)
+    (copy / "answers.json").write_text(json.dumps(answers))
+    (copy / "tokenizer_config.json").write_text("{")  # the words are whole, what is said of them is not
+    with pytest.raises(UserError, match=r"damaged: tokenizer_config\.json cannot be read"):
+        Run.load(copy)
+    (copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"copy has no tokenizer\.json: copy the run again"):
+        Run.load(copy)
+
+
+def test_weights_of_zeros_and_of_other_sizes(copy):
+    size = (copy / "model.safetensors").stat().st_size
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(bytes(size))
+    with pytest.raises(UserError, match=r"damaged: model\.safetensors cannot be read \(.*\): copy the run again"):
+        Run.load(copy)
+    (copy / "model.safetensors").write_bytes(weights)
+    config = json.loads((copy / "config.json").read_text())
+    config["heads"]["contrast"]["size"] *= 2
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"does not fit its config\.json \(sizes differ\)"):
+        Run.load(copy)
+    config["text"] = {"embed": config["text"]["embed"]}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"damaged: config\.json cannot be read \(it has no width\)"):
+        Run.load(copy)
+
+
+def test_a_damaged_config_of_the_training(copy):
+    run = Run.load(copy)
+    (copy / "config.yaml").write_text("objectives: [")
+    with pytest.raises(UserError, match=r"damaged: config\.yaml cannot be read"):
+        _ = run.learnt
+
+
+# ---------------------------------------------------------------------------------------- other types than expected
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda run, red: run.encode_texts("hello"), r"expected a list of texts, got 'hello' \(str\): put it into a list"),
+    (lambda run, red: run.encode_texts(None), r"expected a list of texts, got None \(NoneType\)\."),
+    (lambda run, red: run.encode_texts(["a", 3]), r"expected a text, got 3 \(int\)"),
+    (lambda run, red: run.encode_pictures(["0.png"]), r"expected a picture .*got '0\.png' \(str\): .*open_picture"),
+    (lambda run, red: run.encode_pictures([np.zeros((9, 9))]), r"expected a picture .*\(ndarray\)\."),
+    (lambda run, red: run.encode_pictures("0.png"), r"expected a list of pictures, got '0\.png'"),
+    (lambda run, red: run.encode_pictures(red), r"expected a list of pictures, got .*put it into a list"),
+    (lambda run, red: run.match(["red"], [red]), r"expected a text, got \['red'\] \(list\)"),
+    (lambda run, red: run.match("red", red), "expected a list of pictures"),
+    (lambda run, red: run.answer("0.png", "what is it?"), r"expected a picture .*open_picture opens one"),
+    (lambda run, red: run.answer(red, None), r"expected a question, got None"),
+    (lambda run, red: run.answer(red, "what is it?", "red"), r"expected a list of answers, got 'red'"),
+    (lambda run, red: run.answer_logits([red], "what is it?"), r"expected a list of questions"),
+])  # fmt: skip
+def test_a_run_says_what_it_expects(call, words, hardly_trained):
+    with pytest.raises(UserError, match=words):
+        call(Run.load(hardly_trained), Image.new("RGB", (40, 30), "red"))
+
+
+def test_pictures_of_any_mode_are_seen_as_their_files_are(hardly_trained, tmp_path):
+    run, rng = Run.load(hardly_trained), np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8))
+    glass = colours.copy()
+    glass.putalpha(Image.fromarray(rng.integers(0, 255, (40, 30), dtype=np.uint8)))
+    deep = Image.fromarray(rng.integers(0, 65535, (40, 30), dtype=np.uint16))
+    pictures = {"grey.png": colours.convert("L"), "glass.png": glass, "palette.png": colours.convert("P"),
+                "deep.png": deep, "ink.tif": colours.convert("CMYK"), "bits.png": colours.convert("1")}  # fmt: skip
+    assert [p.mode for p in pictures.values()] == ["L", "RGBA", "P", "I;16", "CMYK", "1"]
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+    files = run.encode_pictures([open_picture(tmp_path / name) for name in pictures])
+    np.testing.assert_array_equal(run.encode_pictures(pictures.values()), files)
+    clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))  # nothing of its red is to be seen
+    white = Image.new("RGB", (40, 40), "white")
+    np.testing.assert_array_equal(run.encode_pictures([clear]), run.encode_pictures([white]))
+
+
+@pytest.mark.parametrize("given", [None, 5, [None], {"train": "t.csv"}, [["a.csv"]]])
+def test_a_source_is_a_name_a_path_or_several(given):
+    with pytest.raises(UserError, match="Expected a sample's name, a path to pictures and texts, or a list of"):
+        open_source(given)
+
+
+def test_columns_are_a_mapping(shapes):
+    for given in (["caption"], "caption"):
+        with pytest.raises(UserError, match=r"columns as a mapping of roles to names, such as .*got .*'caption'"):
+            open_source(shapes, columns=given)
+
+
+# -------------------------------------------------------------------------------------------------- what is written
+
+
+def test_numbers_that_are_none_are_written_as_null(tmp_path):
+    nan, file = float("nan"), tmp_path / "metrics.json"
+    rows = [1, (np.float64("inf"), -0.5)]
+    write_json(file, {"low": nan, "rows": rows, "name": "naïve", "of": {"high": -float("inf")}})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    read = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert read == {"low": None, "rows": [1, [None, -0.5]], "name": "naïve", "of": {"high": None}}
+
+
+def test_a_score_without_an_interval_is_read_back_and_shown(tmp_path):
+    from interlace.evaluate import markdown
+
+    score = {"value": 0.5, "low": float("nan"), "high": float("nan"), "queries": 1, "blind": 0.25}
+    write_json(tmp_path / "metrics.json", {"match": score})
+    assert "| 50.0 |  to  |  | 25.0 |" in markdown(json.loads((tmp_path / "metrics.json").read_text()))
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"folder is a folder: expected the name of a file to write, such as .*folder/"):
+        write_json(tmp_path / "folder", {})
+    (tmp_path / "scores.json").write_text("before")
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "scores.json", {"a": object()})
+    with pytest.raises(UnicodeEncodeError):
+        write_json(tmp_path / "scores.json", {"a": "\ud800"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "scores.json"]
+    assert (tmp_path / "scores.json").read_text() == "before"
