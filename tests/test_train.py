@@ -188,3 +188,16 @@ def test_a_run_whose_validation_pictures_are_all_broken_is_finished_and_says_tha
     assert "not scored: " in said and "'val' split" in said and "interlace data check" in said
     assert run.match_fit == (1.0, 0.0, 0.0) and not (tmp_path / "run" / "metrics.json").exists()
     assert run.encode_texts(["a red square"]).shape == (1, run.dim)
+
+
+@pytest.mark.parametrize("objectives, captions, answers", [
+    ({"itc": {"size": 8}, "vqa_writes": {}}, False, True),  # what it learns beside them teaches it no caption
+    ({"itc": {"size": 8}, "lm": {}}, True, False),
+])  # fmt: skip
+def test_a_decoder_writes_what_it_learnt_to_write(objectives, captions, answers, shapes, text_tower, tmp_path):
+    from interlace.train import train
+
+    settings = toy_settings(shapes, text_tower, tmp_path / "run", steps=1, batch=8, evaluate=False, log_every=1)
+    settings.objectives = objectives
+    run = Run.load(train(settings))
+    assert (run.can_caption, run.can_write_answers) == (captions, answers)
