@@ -276,7 +276,7 @@ def step(report: Report, settings: Settings, learner: Learner, samples: Samples,
         buffer.copy_(state[name])
     seconds = float(np.average(costs, weights=shares))
     read = float(np.average(reads, weights=shares))
-    steps, each = trainer_steps(settings, rows), seconds * t.accumulate
+    steps, each = trainer_steps(settings, rows, t.batch), seconds * t.accumulate
     # Adam holds two numbers a parameter, the gradient is a third
     held = 3 * 4 * sum(p.numel() for p in learner.parameters() if p.requires_grad)
     peak = max(memory(), before) + held if device.type == "cpu" else memory() + held

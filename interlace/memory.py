@@ -127,7 +127,7 @@ def largest(batch: int, room: float, measure: Callable[[int], float]) -> tuple[i
 def choose_micro_batch(out: Path, t: TrainSettings, learner: Learner, samples: Samples, collate: Collate) -> int:
     """Rows of a micro-batch, so that a step stays within `t.memory`: of the device, or without one of this process. The
     choice is written into the run folder, where a resumed run finds it: other micro-batches would round otherwise.
-    Ranks agree on the smallest."""
+    What takes most on any rank counts for all."""
     file = out / CHOSEN
     known = json.loads(file.read_text())["rows"] if file.is_file() else 0
     if world() > 1:  # what the first one sees: another may see its file already
@@ -147,17 +147,26 @@ def choose_micro_batch(out: Path, t: TrainSettings, learner: Learner, samples: S
     if device.type == "cpu":
         fixed += min(t.batch * _picture_bytes(samples, collate), hold(t, device))
     passes = len(learner.passes) if t.mix != "sum" else 0
-    rows, took = largest(t.batch, budget - fixed,
-                         lambda n: MARGIN * step_peak(learner, samples, collate, n, passes, t.bf16, before))
-    if world() > 1:
-        agreed_rows = torch.tensor(rows, device=device)
-        dist.all_reduce(agreed_rows, dist.ReduceOp.MIN)
-        rows = int(agreed_rows)
+
+    def most(rows: int) -> float:
+        """Of the rank that takes most: all have to try the same sizes, since a step compares rows of all ranks."""
+        return agree(MARGIN * step_peak(learner, samples, collate, rows, passes, t.bf16, before), device)
+
+    rows, took = largest(t.batch, -agree(fixed - budget, device), most)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"micro-batches of {rows} rows, {t.batch // rows} in a step: about {shown(fixed + took)} of {t.memory}")
         about = {"rows": rows, "in_a_step": t.batch // rows, "bytes": round(fixed + took), "bytes_fixed": round(fixed)}
         file.write_text(json.dumps(about, indent=1) + "\n")
     return rows
+
+
+def agree(size: float, device: torch.device) -> float:
+    """The largest that any rank says."""
+    if world() == 1:
+        return size
+    largest_of_all = torch.tensor(size, device=device)  # float32: to a few bytes in a gigabyte
+    dist.all_reduce(largest_of_all, dist.ReduceOp.MAX)
+    return float(largest_of_all)
 
 
 def hold(t: TrainSettings, device: torch.device) -> float:

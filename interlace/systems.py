@@ -290,8 +290,20 @@ def asked_heads(config: VLConfig, objectives: list[Objective], module: Any = Non
             own = module.answers(wanted["labels"], **sizes)
         if own is not None and name == "answers":
             own = {**own, "labels": wanted["labels"]}
+        if own is not None and name == "contrast":
+            check_contrast(objective, own)
         heads[name] = {**heads.get(name, {}), **wanted} if own is None else own  # two objectives may share one
     return heads
+
+
+def check_contrast(objective: Objective, own: dict[str, Any]) -> None:
+    """Raises UserError for a size or temperature asked for where the model brings a contrast head with others."""
+    usual = signature(type(objective)).parameters
+    for key in {"size", "temperature"} & set(usual):
+        asked, default = getattr(objective, key), usual[key].default
+        if asked not in (default, has := own.get(key, default)):
+            raise UserError(f"{objective.name}.{key}={asked}, but the contrast head is the system's own, or the run's, "
+                            f"and its {key} is {has}: leave {objective.name}.{key} out.")  # fmt: skip
 
 
 def features_of(image: Embedder) -> int:

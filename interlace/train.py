@@ -37,7 +37,7 @@ from interlace.regions.open import open_regions
 from interlace.run import MARK, Run, save_run, write_json
 from interlace.settings import Settings, TrainSettings
 from interlace.systems import build_from_run, build_system
-from interlace.trainer import CollapseAlarm, VLTrainer
+from interlace.trainer import CollapseAlarm, VLTrainer, read_skipped, skipped_file, write_skipped
 from interlace.warm_start import (
     MOST,
     align_contrast,
@@ -94,16 +94,36 @@ def _objective(name: str, given: dict[str, Any], settings: Settings, source: Sou
     weight = options.pop("weight", 1.0)
     check_type(f"objectives.{name}.weight", weight, float)
     check_options(name, options)
-    if name in WITH_ANSWERS and not options.get("answers"):
-        options["answers"] = answer_list(source, options.get("min_count", 1))
-        if not options["answers"]:
-            raise UserError(f"the {name} objective needs questions with answers, and {source.name} has none in its "
-                            f"train split: add a questions file, or leave {name} out "
-                            f"(objectives.{name}=false).")  # fmt: skip
+    if name in WITH_ANSWERS:
+        options["answers"] = _answers(name, options.get("answers"), options.get("min_count", 1), source)
     if name in WITH_CAPTIONS and not any(c.strip() for c in source.captions().to_pylist()[:1000]):
         raise UserError(f"the {name} objective needs captions, and the first 1,000 rows of {source.name} have "
                         "none: name the column (data.columns={caption: ...}) or leave it out.")  # fmt: skip
     return build_objective(name, options), float(weight)
+
+
+def _answers(name: str, given: Any, min_count: int, source: Source) -> list[str]:
+    """The answers to choose from: those given, or those of the training questions. Raises UserError when there are none
+    to learn by."""
+    asked = answer_list(source)
+    if not asked:
+        raise UserError(f"the {name} objective needs questions with answers, and {source.name} has none about a row "
+                        "of its train split: add a questions file (`interlace data check` says what is wrong with one "
+                        f"that is there), or leave {name} out (objectives.{name}=false).")  # fmt: skip
+    if not given:
+        answers = answer_list(source, min_count)
+        if not answers:
+            raise UserError(f"no answer stands {min_count} times among the training questions of {source.name}: lower "
+                            f"objectives.{name}.min_count.")  # fmt: skip
+        return answers
+    if not (isinstance(given, list) and all(isinstance(one, str) and one.strip() for one in given)
+            and len(set(given)) == len(given)):  # fmt: skip
+        raise UserError(f"objectives.{name}.answers is a list of different texts, such as [red, blue], with quotes "
+                        f"around numbers and yes or no; got {given!r}.")  # fmt: skip
+    if not set(given) & set(asked):
+        raise UserError(f"none of objectives.{name}.answers ({', '.join(given[:3])}) answers a training question of "
+                        f"{source.name}; what does is {', '.join(asked[:3])} ... They are compared letter by letter.")
+    return given
 
 
 Made = tuple[Learner, Processor]
@@ -125,6 +145,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         return out
     t = settings.train
     _check(t)
+    _no_strangers(out)
     if t.memory:
         parse_bytes(t.memory)
         if t.accumulate != 1:
@@ -137,8 +158,9 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     source = source or open_source(settings.data.source, columns=settings.data.columns or None,
                                    pictures=settings.data.pictures or None)  # fmt: skip
     if os.environ.get("RANK", "0") == "0":
-        for line in source.describe_columns():
-            print(line)
+        for line in [*source.describe_columns(), source.left_out()]:
+            if line:
+                print(line)
     rows = len(source.indices("train"))
     arguments = training_arguments(settings, out)
     whole = t.batch * arguments.world_size  # rows of an optimiser step
@@ -153,12 +175,16 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         for objective, _ in one.objectives:
             objective.check_batch(whole, t.batch // t.accumulate, rows)
             objective.check_augment(settings.augment)
+    _several_groups(source, passes)
     learner, processor = (make or make_learner)(settings, passes)
     learner.to(arguments.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     states, aligned = _prepare_stems(settings, source, learner, processor)
     regions = stored_regions(settings, source)
     samples = Samples(source, "train", processor, passes, t.seed, states=states, regions=regions)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run folder {out} cannot be made: {error.strerror}. Choose another train.out.") from None
     data = describe_data(source) | ({} if regions is None else {"regions": regions.fingerprint})
     _same_data(out, data)
     if arguments.process_index == 0:  # ranks that replace a file at once take it from under each other
@@ -177,7 +203,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = micro, t.batch // micro
     trainer = VLTrainer(learner=learner, settings=settings, aligned=aligned, args=arguments, train_dataset=samples,
                         data_collator=collate, hold=hold(t, learner.device), log_file=out / LOG, progress_seconds=10)
-    trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, rows) // 5)))
+    trainer.add_callback(CollapseAlarm(after=max(20, trainer_steps(settings, rows, whole) // 5)))
     trainer.train(resume_from_checkpoint=newest_complete(out / CHECKPOINTS) is not None)
     if trainer.stopped_by is not None:
         raise Stopped(f"stopped at step {trainer.state.global_step}; the same command resumes from {out / CHECKPOINTS}",
@@ -299,9 +325,23 @@ def make_learner(settings: Settings, passes: list[Pass]) -> tuple[Learner, Proce
     return model.learn_by(passes), processor
 
 
-def trainer_steps(settings: Settings, rows: int) -> int:
+def list_of_all_ranks(settings: Settings) -> dict[str, str]:
+    """Pictures that could not be read, row -> reason, in one file from here on."""
+    whole = skipped_file(settings)
+    files = sorted(whole.parent.glob("skipped*.jsonl"))
+    skipped = read_skipped(files)
+    if skipped:
+        write_skipped(whole, skipped)
+    for file in files:
+        if file != whole:
+            file.unlink()
+    return skipped
+
+
+def trainer_steps(settings: Settings, rows: int, whole: int) -> int:
+    """Optimiser steps of a run over so many rows, `whole` of them in a step of all ranks."""
     t = settings.train
-    return t.steps or math.ceil(t.epochs * (rows // t.batch or 1))
+    return t.steps or math.ceil(t.epochs * (rows // whole or 1))
 
 
 def training_arguments(settings: Settings, out: Path) -> TrainingArguments:
@@ -359,6 +399,32 @@ def _check(t: TrainSettings) -> None:
     if t.eps <= 0 or t.warmup < 0 or not 0 < t.epoch_factor <= 1:
         raise UserError(f"train.eps is above 0, train.warmup not below, and train.epoch_factor above 0 and at most 1; "
                         f"got {t.eps}, {t.warmup} and {t.epoch_factor}.")  # fmt: skip
+
+
+COMPARE_ROWS = ("itc", "itc_momentum", "itc_sigmoid", "itm")
+
+
+def _several_groups(source: Source, passes: list[Pass]) -> None:
+    """Raises UserError where an objective tells pairs apart, and all rows of the training split are one group."""
+    names = [o.name for one in passes for o, _ in one.objectives if o.name in COMPARE_ROWS]
+    rows = source.indices("train")
+    first = source.group(int(rows[0]))
+    if names and all(source.group(int(row)) == first for row in rows):  # ends at the second group
+        raise UserError(f"{names[0]} tells pairs of different groups apart, and all {len(rows)} training rows of "
+                        f"{source.name} are one group (the same `group` cell, caption or picture): give the products "
+                        f"groups of their own, or leave out {', '.join(sorted(set(names)))}.")  # fmt: skip
+
+
+def _no_strangers(out: Path) -> None:
+    """A run writes a README.md, a config.json and more. Raises UserError for a folder that holds other things than a
+    run's, and for a file."""
+    if out.is_file():
+        raise UserError(f"train.out is a folder, and {out} is a file: choose another train.out.")
+    held = {file.name for file in out.iterdir() if file.name[0] != "."} if out.is_dir() else set()
+    begun = {"config.yaml", "data.json"}
+    if held - begun and not begun <= held:
+        raise UserError(f"{out} holds files that are no run's ({', '.join(sorted(held - begun)[:3])}, ...), and a run "
+                        "writes a README.md, a config.json and others: choose another train.out.")  # fmt: skip
 
 
 def _same_settings(out: Path, settings: Settings) -> None:
@@ -450,11 +516,10 @@ def finish(out: Path, settings: Settings, learner: Learner, processor: Processor
              "steps": trainer.state.global_step, "train_seconds": train_seconds(out / LOG),
              "parameters": sum(p.numel() for p in learner.parameters()),
              "trained": sum(p.numel() for p in learner.parameters() if p.requires_grad),
-             "skipped": len(trainer.skipped), "data": source.name, "data_fingerprint": source.fingerprint}  # fmt: skip
-    if trainer.skipped:
-        lines = [json.dumps({"id": row, "reason": why}) for row, why in trainer.skipped.items()]
-        (out / "skipped.jsonl").write_text("\n".join(lines) + "\n")
-        print(f"{len(lines)} pictures could not be read and were skipped: {out / 'skipped.jsonl'}")
+             "skipped": len(skipped := list_of_all_ranks(settings)), "data": source.name,
+             "data_fingerprint": source.fingerprint}  # fmt: skip
+    if skipped:
+        print(f"{len(skipped)} pictures could not be read and were skipped: {skipped_file(settings)}")
     plot_losses(out / LOG, out / "loss.png")
     run = Run(out, learner, processor, answers, 1.0, {"fingerprint": "", **facts})
     if stored is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +31,27 @@ from interlace.sharded import gathered, widen_scalars
 BESIDE = "beside.safetensors"  # in a checkpoint: what objectives keep and the model does not
 
 
+def skipped_file(settings: Settings, rank: int = 0) -> Path:
+    """Where a rank lists the pictures that could not be read, in the run folder."""
+    return Path(settings.train.out).expanduser() / (f"skipped-{rank}.jsonl" if rank else "skipped.jsonl")
+
+
+def read_skipped(files: list[Path]) -> dict[str, str]:
+    """Row -> reason. A line that was cut off when the machine stopped is left out: its picture will be met again."""
+    found = {}
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            with suppress(json.JSONDecodeError):
+                one = json.loads(line)
+                found[one["id"]] = one["reason"]
+    return found
+
+
+def write_skipped(file: Path, skipped: dict[str, str], mode: str = "w") -> None:
+    with open(file, mode, encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"id": row, "reason": why}) + "\n" for row, why in skipped.items())
+
+
 class VLTrainer(SafeTrainer):
     """What vision-language training adds to the safe trainer: rows by (epoch, position), learning rates by part,
     objectives that compare all rows of an optimiser step or keep something beside the model, and pictures of a large
@@ -40,7 +63,8 @@ class VLTrainer(SafeTrainer):
         step that may stay in main memory."""
         super().__init__(*args, model=learner, **kwargs)
         self.learner, self.settings = learner, settings
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}  # by this rank since it started; all of them: `read_skipped`
+        self._listed: dict[str, str] | None = None  # the same with those of before it was stopped
         self.asked = 0
         self.aligned, self.hold = aligned, hold
         self._ahead: list[Ahead] = []
@@ -178,7 +202,8 @@ class VLTrainer(SafeTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         skipped = inputs.pop("skipped")
         self.asked += len(inputs["group"]) + len(skipped)
-        self.skipped.update(skipped)
+        if skipped:
+            self._list_skipped(skipped)
         self._too_many_skipped()
         if self._ahead:
             ahead = self._ahead.pop(0)
@@ -213,6 +238,17 @@ class VLTrainer(SafeTrainer):
     def _load_rng_state(self, checkpoint) -> None:
         super()._load_rng_state(checkpoint)
         self._unsynced = None
+
+    def _list_skipped(self, skipped: list[tuple[str, str]]) -> None:
+        """Each once, written down at once: a run that is stopped and goes on, and one of several ranks, lists all."""
+        self.skipped.update(skipped)
+        file = skipped_file(self.settings, self.args.process_index)
+        if self._listed is None:
+            self._listed = read_skipped([file])
+            write_skipped(file, self._listed)  # without a line that was cut off
+        if new := {row: why for row, why in skipped if row not in self._listed}:
+            self._listed |= new
+            write_skipped(file, new, "a")
 
     def _too_many_skipped(self) -> None:
         if self.asked >= 200 and len(self.skipped) > self.settings.data.max_skipped * self.asked:

@@ -23,8 +23,9 @@ def columns(given: list[str] | None) -> dict[str, str] | None:
     return out or None
 
 
-def open_table(args: argparse.Namespace, run: str | None = None) -> Any:
-    """The source on the command line. What is not said of its columns and pictures is taken from the run's config."""
+def open_table(args: argparse.Namespace, run: str | None = None, tell: bool = True) -> Any:
+    """The source on the command line. What is not said of its columns and pictures is taken from the run's config.
+    `tell`: say how many rows could not be used."""
     from interlace.data.sources import open_source
 
     named, pictures = columns(args.column), args.pictures
@@ -37,11 +38,14 @@ def open_table(args: argparse.Namespace, run: str | None = None) -> Any:
     if said:
         print(f"as in {run}/config.yaml: {' '.join(said)}")
     try:
-        return open_source(args.source, columns=named or reused or None, pictures=pictures)
+        source = open_source(args.source, columns=named or reused or None, pictures=pictures)
     except UserError as error:
         if reused and "no column" in str(error):
             raise UserError(f"{error} The names are the run's; say --column OURS=THEIRS for this source.") from None
         raise
+    if tell and (lost := source.left_out()):
+        print(lost)
+    return source
 
 
 def run_data(run: str) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def data_show(args: argparse.Namespace) -> int:
 
         processor = Processor.load(args.run)
     tokenizer = None if processor else load_tokenizer(args.text)
-    show(open_table(args, args.run), rows=args.rows, processor=processor, tokenizer=tokenizer)
+    show(open_table(args, args.run, tell=False), rows=args.rows, processor=processor, tokenizer=tokenizer)
     return 0
 
 
@@ -127,16 +131,16 @@ def data_check(args: argparse.Namespace) -> int:
     from interlace.towers import load_tokenizer
 
     check_file("--write-groups", args.write_groups)
-    report = check(open_table(args), max_length=args.max_length,
+    report = check(open_table(args, tell=False), max_length=args.max_length,
                    tokenizer=load_tokenizer(args.text),
                    write_groups=Path(args.write_groups).expanduser() if args.write_groups else None)  # fmt: skip
     return report.exit_status
 
 
 def data_scenes(args: argparse.Namespace) -> int:
-    from interlace.data.scenes import make_scenes, parse_per_split
+    from interlace.data.scenes import make_scenes, parse_cells, parse_per_split
 
-    cells = [int(n) if n.isdigit() else 0 for n in args.cells.split(",")]
+    cells = parse_cells(args.cells)
     made = make_scenes(open_table(args), args.out, cells, args.size, parse_per_split(args.per_split), args.seed,
                        args.names, args.least)  # fmt: skip
     print("\n".join([*made.lines(), str(made.folder)]))

@@ -81,13 +81,13 @@ def align_stems(model: VLModel, states: States, source: Source, processor: Proce
     weight = torch.zeros_like(project.weight)
     weight[:wide] = torch.from_numpy(directions[:wide].astype(np.float32))
     project.weight.copy_(weight)
-    project.bias.copy_(-weight @ torch.from_numpy(mean_text))
-    target = (texts - mean_text) @ weight.numpy().T  # (N, D)
+    project.bias.copy_(-weight @ torch.from_numpy(mean_text).to(weight))
+    target = (texts - mean_text) @ weight.cpu().numpy().T  # (N, D)
 
     solved = _ridge(pictures - mean_picture, target, strength)  # (C, D)
     image = cast(ImageTower, model.image).project
     image.weight.copy_(torch.from_numpy(solved.T.astype(np.float32)))
-    image.bias.copy_(-image.weight @ torch.from_numpy(mean_picture))
+    image.bias.copy_(-image.weight @ torch.from_numpy(mean_picture).to(image.weight))
     return float(strength)
 
 

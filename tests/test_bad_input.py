@@ -1,5 +1,6 @@
 """What training is given and cannot use: one clear error before the first step, or rows that hurt nobody."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -428,3 +429,73 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         write_json(tmp_path / "scores.json", {"a": "\ud800"})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "scores.json"]
     assert (tmp_path / "scores.json").read_text() == "before"
+
+
+def test_a_folder_of_ones_own_is_no_run_folder(shapes, text_tower, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text("of my own")
+    with pytest.raises(UserError, match=r"mine holds files that are no run's \(README\.md"):
+        train(toy_settings(shapes, text_tower, mine, steps=2))
+    assert [file.name for file in mine.iterdir()] == ["README.md"]
+    with pytest.raises(UserError, match="README.md is a file"):
+        train(toy_settings(shapes, text_tower, mine / "README.md", steps=2))
+    with pytest.raises(UserError, match="cannot be made"):
+        train(toy_settings(shapes, text_tower, mine / "README.md" / "run", steps=2))
+
+
+def test_rows_of_one_group_teach_no_matching(shapes, text_tower, tmp_path):
+    table = tmp_path / "one"
+    shutil.copytree(shapes, table)
+    file = next(table.glob("*.csv"))
+    with open(file, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    with open(file, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], *({"group"} - set(rows[0]))])
+        writer.writeheader()
+        writer.writerows(row | {"group": "all"} for row in rows)
+    with pytest.raises(UserError, match="are one group"):
+        train(toy_settings(table, text_tower, tmp_path / "run", steps=2))
+
+
+def test_answers_that_are_given_have_to_be_answers(shapes, text_tower, tmp_path):
+    settings = toy_settings(shapes, text_tower, tmp_path / "run", steps=2)
+    for given, said in ((["foo", "bar"], "none of objectives.vqa.answers"), ([1, 2], "list of different texts"),
+                        ("red", "list of different texts"), (["red", "red"], "list of different texts")):  # fmt: skip
+        settings.objectives["vqa"] = {"answers": given}
+        with pytest.raises(UserError, match=said):
+            train(settings)
+    settings.objectives["vqa"] = {"min_count": 100_000}
+    with pytest.raises(UserError, match="no answer stands 100000 times"):
+        train(settings)
+    settings.objectives["vqa"] = {"answers": ["red", "unheard of"]}
+    assert (train(settings) / "answers.json").is_file()
+
+
+def test_a_contrast_of_another_size_than_the_systems_own_is_refused(shapes, text_tower, image_tower, tmp_path):
+    settings = toy_settings(shapes, text_tower, tmp_path / "run", steps=2)
+    settings.model.system, settings.model.image = "blip", str(image_tower)
+    settings.objectives = {"itc": {"size": 64}}
+    with pytest.raises(UserError, match=r"itc\.size=64, but the contrast head is the system's own.*size is 256"):
+        train(settings)
+
+
+def test_what_was_skipped_before_a_stop_and_by_other_ranks_is_listed(shapes, text_tower, tmp_path):
+    table = tmp_path / "table"
+    shutil.copytree(shapes, table)
+    source = open_source(table)
+    row = int(source.indices("train")[3])
+    Path(source.picture(row).path).write_bytes(b"no picture")
+    settings = toy_settings(table, text_tower, tmp_path / "run", steps=4, evaluate=False, keep_checkpoints=True)
+    out = tmp_path / "run"
+    out.mkdir()
+    settings.save(out / "config.yaml")
+    (out / "data.json").write_text("{}")
+    for name, line in (("skipped.jsonl", {"id": "before", "reason": "gone"}), ("skipped-1.jsonl", {"id": "other"})):
+        (out / name).write_text(json.dumps({"reason": "broken", **line}) + '\n{"id": "cut of')
+    assert _list(train(settings)) == {"before", "other", source.pair(row).id}
+    assert json.loads((out / "run.json").read_text())["skipped"] == 3 and not (out / "skipped-1.jsonl").exists()
+
+
+def _list(run: Path) -> set[str]:
+    return {json.loads(line)["id"] for line in (run / "skipped.jsonl").read_text().splitlines()}

@@ -55,17 +55,20 @@ def finetuned(run: Run, role: str, source: Source, named: dict[str, Any], out: P
 def filter_of_fold(run: Run, source: Source, fold: int, folds: int, named: dict[str, Any], out: Path, how: Finetune,
                    seed: int) -> Path:  # fmt: skip
     """A filter that never saw a fold of the source's rows: of the run's parts and at its rates, but not from its
-    weights, which may know all of them. Raises UserError for a run that was made without a config."""
+    weights, which may know all of them; of a run that went on from another, the other's parts and rates, and so on back
+    to one that began anew or with weights of a release. Raises UserError for a run that was made without a config."""
     from interlace.train import train
 
     if (out / MARK).is_file():
         return out
     before = _config(run.folder)
+    while (start := (before.get("model") or {}).get("start")) and (earlier := _config(Path(start))):
+        before = earlier
     if "model" not in before:
         raise UserError(f"the run in {run.folder} has no config.yaml, so no filter of its kind can be trained: leave "
                         "--folds out, or name another run with --filter.")  # fmt: skip
     settings = settings_for(run, "filter", named, out, how, seed)
-    for key, value in before["model"].items():  # `start` too: what it went on from
+    for key, value in before["model"].items():
         setattr(settings.model, key, value)
     for key in ("lr", "start_lr", "aligned_lr", "text_lr", "image_lr", "freeze", "weight_decay", "bf16"):
         if key in before.get("train", {}):
@@ -87,6 +90,7 @@ def settings_for(run: Run, role: str, named: dict[str, Any], out: Path, how: Fin
     }.items()]  # fmt: skip
     settings = load_settings(None, ["objectives={lm: {}}", *given, *how.settings])
     settings.objectives, settings.passes = {}, passes(run, role)
+    settings.train.freeze = settings.train.freeze or list(train.get("freeze") or [])
     for key, value in named.items():
         setattr(settings.data, key, value)
     for key in ("views", "keep_states_gb"):

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,6 +31,7 @@ from interlace.towers import (
     load_tower,
     pixel_spec,
     pixels_of,
+    read_tokenizer,
     resolve_tower,
     tower_config,
 )
@@ -179,7 +179,10 @@ def load_captioner(folder: str | Path) -> Captioner:
         raise UserError("Expected a folder with model, tokenizer and pixel settings, as Captioner.save writes it, but "
                         f"{folder} has no {', '.join(absent)}.")  # fmt: skip
     model = CaptionModel.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = read_tokenizer(folder)
+    except ValueError as error:
+        raise UserError(f"{folder} has no tokenizer that can be used: {error}. Copy its files there.") from None
     tokenizer.padding_side = "right"
     if (theirs := Ids.of(tokenizer)) != (ours := Ids.of_config(model.config)):
         raise UserError(f"The model in {folder} was trained with {ours}, but its tokenizer has {theirs}.")

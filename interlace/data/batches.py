@@ -35,6 +35,14 @@ class Drawer:
                 return other.caption
         return ""
 
+    def question_about_another_group(self, group: str, rng: np.random.Generator, tries: int = 50) -> str:
+        """A question about a picture of another group; the empty string when hardly any other has one."""
+        for _ in range(tries):
+            row = int(self.rows[rng.integers(len(self.rows))])
+            if self.source.group(row) != group and (found := self.questions_about(row, rng, 1)):
+                return found[0].question
+        return ""
+
     def questions_about(self, row: int, rng: np.random.Generator, most: int = 1) -> list[Question]:
         """Up to `most` different questions about the row's picture."""
         mine = self.asked.of(row)
@@ -151,6 +159,7 @@ class Collate:
         self.processor, self.states, self.passes = processor, states, passes or []
         self.cells = torch.zeros(0, dtype=torch.bool) if cells is None else cells
         self.boxes = boxes
+        self.by_words = {name for one in self.passes for objective, _ in one.objectives for name in objective.by_words}
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
@@ -160,7 +169,7 @@ class Collate:
         }
         for name in samples[0]["texts"]:
             texts = [s["texts"][name] for s in samples]
-            if self.states is not None and self.states.knows(texts):
+            if self.states is not None and name not in self.by_words and self.states.knows(texts):
                 batch[f"{name}_states"], batch[f"{name}_mask"] = self.states.texts(texts)
             else:
                 batch[f"{name}_ids"], batch[f"{name}_mask"] = self.processor.texts(texts)

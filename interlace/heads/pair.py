@@ -57,7 +57,9 @@ class Contrast(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        return one_number(self.logit_scale).clamp(0, math.log(100)).exp()
+        scale = one_number(self.logit_scale)
+        # at a bound it still learns: a release clamps the parameter itself, after each step
+        return (scale + (scale.clamp(0, math.log(100)) - scale).detach()).exp()
 
     def project(self, pooled: Tensor, stream: str) -> Tensor:
         """(B, D) -> (B, P), L2-normalised. `stream`: "text" or "image"."""

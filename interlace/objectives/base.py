@@ -215,6 +215,7 @@ class Objective:
     hides_cells: ClassVar[bool] = False  # it hides parts of the picture
     only_vectors: ClassVar[bool] = False  # it reads `views.vector` and nothing else of the model's streams
     reads_pixels: ClassVar[bool] = False  # of the picture itself, even where what a frozen tower said of it is kept
+    by_words: tuple[str, ...] = ()  # texts it wants as ids, even where what a frozen tower said of them is kept
     stage: ClassVar[int] = 2  # of a row: 0 chooses the sentence, 1 swaps it for another's, 2 does neither
     known: ClassVar[dict[str, type[Objective]]] = {}
     key: str = ""  # its name, or another where a pass has two of a kind

@@ -26,8 +26,9 @@ class ITM(Objective):
       hard   for each text a wrong picture of the batch and for each picture a wrong text, drawn in proportion to
              exp(contrast similarity) (BLIP, arXiv:2201.12086, section 3.2). Needs itc, itc_momentum or itc_sigmoid.
       both   the two together.
-      swap   in the pass's shared forward: a share `rate` of the rows reads another group's caption instead of its own,
-             hidden words and all (LXMERT, VisualBERT, UNITER: 0.5). Costs no forward of its own.
+      swap   in the pass's shared forward: a share `rate` of the rows reads another group's caption instead of its own
+             (a question about another's picture instead of one about its own), hidden words and all (LXMERT,
+             VisualBERT, UNITER: 0.5). Costs no forward of its own.
     A negative never comes from the row's own group. A batch that has nothing but one group has no hard negatives and
     scores its positives alone.
 
@@ -81,7 +82,7 @@ class ITM(Objective):
 
     def prepare(self, sample, row, index, draw, rng) -> None:
         if self.negatives == "swap":
-            other = draw.caption_of_another_group(row.group, rng) if rng.random() < self.rate else ""
+            other = self.another(sample, row, draw, rng) if rng.random() < self.rate else ""
             sample["part"]["matched"] = torch.tensor(not other)
             if other:
                 sample["part"]["text"] = other
@@ -91,6 +92,14 @@ class ITM(Objective):
             sample["texts"]["other"] = draw.caption_of_another_group(row.group, rng)
         if self.negatives != "drawn":
             sample["part"]["lots"] = torch.tensor(rng.random(2), dtype=torch.float32)
+
+    @staticmethod
+    def another(sample, row, draw, rng) -> str:
+        """A caption of another group, or where the row reads a question (LXMERT) a question about another group's
+        picture: were wrong sentences all captions, a question would belong to its picture by its form alone."""
+        if sample["part"].get("text", row.caption) != row.caption:
+            return draw.question_about_another_group(row.group, rng)
+        return draw.caption_of_another_group(row.group, rng)
 
     def loss(self, model: VLModel, batch: Batch, views: Views) -> Scored:
         if self.negatives == "swap":

@@ -161,8 +161,8 @@ class MRFR(MaskedRegions):
         chosen = views.cells_where(asked)
         predicted = (head(chosen, feature_table(model)) if isinstance(head, Tied) else head(None, chosen)).float()
         loss = feature_losses(predicted, truth).mean(-1).sum() / views.total(self)
-        spread = (truth - truth.mean(0)).square().sum().clamp(min=1e-6)
-        explained = 1 - (predicted.detach() - truth).square().sum() / spread
+        spread, error = (truth - truth.mean(0)).square().sum(), (predicted.detach() - truth).square().sum()
+        explained = torch.where(spread > 1e-6, 1 - error / spread.clamp(min=1e-6), 0)  # one region alone has no spread
         return Scored(loss, {"mrfr": loss.detach(), "mrfr_r2": explained})
 
 

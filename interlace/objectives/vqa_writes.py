@@ -46,6 +46,7 @@ class GenerativeVQA(Objective):
         if decoder < 1:
             raise UserError(f"vqa_writes.decoder, its number of layers, is at least 1; got {decoder}.")
         self.answers, self.smoothing, self.layers = answers, smoothing, decoder
+        self.by_words = tuple(f"written_answer{n}" for n in range(answers))
 
     def decoder_for(self, text: Embedder, tokenizer: Any) -> Decoder:
         return own_decoder(text, self.layers, "both", tokenizer)
@@ -87,11 +88,7 @@ class GenerativeVQA(Objective):
 
     def texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """All answers as ids and masks, (B, answers, A)."""
-        nothing = torch.zeros_like(batch["written_weight"][:, :1], dtype=torch.long)
-        # a frozen tower's states stand for texts that are captions as well, and of those there are no ids
-        given = [[batch.get(f"written_answer{n}_{what}", nothing) for n in range(self.answers)]
-                 for what in ("ids", "mask")]  # fmt: skip
-        given[1] = [mask if mask.shape == ids.shape else nothing for ids, mask in zip(*given)]
+        given = [[batch[f"{name}_{what}"] for name in self.by_words] for what in ("ids", "mask")]
         longest = max(x.shape[1] for x in given[0])
         ids, mask = (torch.stack([F.pad(x, (0, longest - x.shape[1])) for x in xs], 1) for xs in given)
         return ids, mask

@@ -46,9 +46,11 @@ def transport_plan(cost: Tensor, text_mask: Tensor, image_mask: Tensor, beta: fl
 
 
 def transport_distance(text: Tensor, image: Tensor, text_mask: Tensor, image_mask: Tensor) -> Tensor:
-    """(B, T, D), (B, I, D) -> (B,), in float32. The gradient flows through the cost, not through the plan."""
-    cost = cosine_cost(text.float(), image.float(), text_mask, image_mask)
-    return (cost * transport_plan(cost.detach(), text_mask, image_mask).transpose(1, 2)).sum((1, 2))
+    """(B, T, D), (B, I, D) -> (B,), in float32 whatever autocast says: in bfloat16 the cosines of states that are
+    nearly alike are off by more than they differ. The gradient flows through the cost, not through the plan."""
+    with torch.autocast(text.device.type, enabled=False):
+        cost = cosine_cost(text.float(), image.float(), text_mask, image_mask)
+        return (cost * transport_plan(cost.detach(), text_mask, image_mask).transpose(1, 2)).sum((1, 2))
 
 
 def alignment_loss(distance: Tensor, matched: Tensor) -> Tensor:

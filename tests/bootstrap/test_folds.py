@@ -1,10 +1,14 @@
 """Filters that judge what they did not learn from."""
 
+import shutil
+
 import numpy as np
 import pytest
+import yaml
 
 from interlace.bootstrap import Decision, Finetune, bootstrap
 from interlace.bootstrap.folds import Filters, fold_of, without
+from interlace.bootstrap.models import filter_of_fold, settings_for
 from interlace.errors import UserError
 from interlace.run import Run
 from tests.bootstrap.conftest import read_lines
@@ -44,6 +48,20 @@ def test_each_row_is_judged_by_the_filter_of_its_fold(noisy, pretrained, tmp_pat
     asked = {row: [noisy.pair(row).caption] for row in rows if noisy.pair(row).caption.strip()}
     for row, (score,) in Filters(noisy, runs).score_pairs(asked, 16):
         assert lines[noisy.pair(row).id]["match_web"] == pytest.approx(score[0], abs=2e-6)
+
+
+def test_a_filter_of_a_fold_begins_where_the_first_run_did_and_what_was_frozen_stays_so(noisy, pretrained, tmp_path):
+    on = tmp_path / "on"
+    shutil.copytree(pretrained, on)  # a run that went on from the pre-trained one
+    config = yaml.safe_load((on / "config.yaml").read_text())
+    config["model"]["start"], config["train"]["freeze"] = str(pretrained), ["^text.words"]
+    (on / "config.yaml").write_text(yaml.safe_dump(config))
+    how = Finetune(steps=1, batch=8, lr=1e-3)
+    filter_of_fold(Run.load(on), noisy, 1, 2, {}, tmp_path / "filter", how, 0)
+    begun = yaml.safe_load((tmp_path / "filter/config.yaml").read_text())
+    first = yaml.safe_load((pretrained / "config.yaml").read_text())
+    assert begun["model"]["start"] == first["model"]["start"] == "" and begun["model"]["system"] == "blip"
+    assert settings_for(Run.load(on), "captioner", {}, tmp_path / "c", how, 0).train.freeze == ["^text.words"]
 
 
 def test_folds_want_fine_tuning_on_the_table_itself(noisy, pretrained, tmp_path):

@@ -175,11 +175,11 @@ def test_a_row_without_its_text_is_not_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", 1e9]]}', "at most 1, got 1000000000"),
+    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", 1e9]]}', "from 0 to 1, got 1000000000"),
     ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", 3], ["no", 1]]}', "repeat the word in a list"),
-    ('{"pair_id": "000.png", "question": "what?", "answers": {"lamp": -1}}', "above 0 and at most 1, got -1"),
-    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", NaN]]}', "above 0 and at most 1, got NaN"),
-    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", "much"]]}', 'at most 1, got "much"'),
+    ('{"pair_id": "000.png", "question": "what?", "answers": {"lamp": -1}}', "from 0 to 1, got -1"),
+    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", NaN]]}', "from 0 to 1, got NaN"),
+    ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", "much"]]}', 'from 0 to 1, got "much"'),
     ('{"pair_id": "000.png", "question": "what?", "answers": [["lamp", 1], ["light"]]}', "expected words, or pairs"),
     ('{"pair_id": "000.png", "answers": ["lamp"]}', "no `question`: expected {"),
     ('{"question": "what?", "answers": ["lamp"]}', "no `pair_id`: expected {"),
@@ -202,7 +202,7 @@ def test_a_wrong_weight_in_a_table_of_questions(tmp_path):
     rows = [{"image": "000.png", "question": "what?", "answer": answer} for answer in ("lamp", [["lamp", 7]])]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     source = open_source(tmp_path / "q.json")
-    assert source.n_questions == 1 and source.problems[0][0] == 2 and "at most 1, got 7" in source.problems[0][1]
+    assert source.n_questions == 1 and source.problems[0][0] == 2 and "from 0 to 1, got 7" in source.problems[0][1]
 
 
 def test_blanks_around_an_attribute_are_not_part_of_it(tmp_path):

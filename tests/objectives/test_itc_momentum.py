@@ -1,9 +1,12 @@
 """Contrast against a queue by a slow copy: its targets, what it keeps, and that the saved model has none of it."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from interlace.heads import Contrast
 from interlace.model import VLModel
 from interlace.objectives import MomentumITC
 from interlace.objectives.base import Views
@@ -149,3 +152,12 @@ def test_the_trainers_steps_are_the_same_however_they_are_cut(shapes, text_tower
     assert len(logs[0]) == 3 and logs[0][0]["itc_momentum_chance"] == pytest.approx(3.8712, abs=1e-4)  # ln(16 + 32)
     for whole, cut_up in zip(*logs):
         assert cut_up == pytest.approx(whole, rel=1e-3)
+
+
+def test_a_scale_at_its_bound_comes_back():
+    head = Contrast(8, 8, size=4)
+    with torch.no_grad():
+        head.logit_scale.fill_(math.log(100) + 0.01)  # one step too far
+    assert head.scale.item() == pytest.approx(100)
+    head.scale.backward()
+    assert head.logit_scale.grad.item() == pytest.approx(100)

@@ -287,3 +287,33 @@ def test_a_run_goes_on_from_a_run_and_part_of_it_may_stay_frozen(source, shapes,
     assert any(n.startswith("heads.answers.") for n in after) and not any(n.startswith("heads.mlm.") for n in after)
     with pytest.raises(UserError, match="no parameter has 'jiont' in its name"):
         build_from_run(settings.model, [], None, Learner)[0].freeze_named(["jiont"])
+
+
+def test_a_question_is_swapped_as_often_as_a_caption_and_for_a_question(source, system):
+    model, processor = system("lxmert")
+    samples = Samples(source, "train", processor, model.passes, seed=0, augment=False)
+    asked = {q.question for q in source.questions("train")}
+    about = {source.pair(int(row)).caption for row in samples.rows}
+    seen = Counter()
+    for epoch in range(4):
+        for row in range(0, len(samples), 2):
+            part = samples[(epoch, row, 0)]["parts"][0]
+            assert part["text"] in asked | about
+            seen[part["text"] in asked, bool(part["matched"])] += 1
+    swapped = [seen[kind, False] / (seen[kind, False] + seen[kind, True]) for kind in (True, False)]
+    assert min(sum(seen[kind, ok] for ok in (True, False)) for kind in (True, False)) > 100  # half are questions
+    assert all(0.1 < share < 0.3 for share in swapped)  # a fifth of either
+
+
+def test_one_hidden_region_alone_spoils_no_mean(source, system):
+    model, processor = system("uniter")
+    at = next(n for n, one in enumerate(model.passes) if any(o.name == "mrfr" for o, _ in one.objectives))
+    one = batch(source, model, processor, [0], drawn=(at,))
+    assert int(one["parts"][at]["hidden"].sum()) >= 1
+    for few in (1, 0):
+        hidden = one["parts"][at]["hidden"]
+        hidden.view(-1)[hidden.view(-1).nonzero()[few:, 0]] = False
+        one["parts"][at]["totals"] = model.passes[at].totals(one["parts"][at], one)
+        logged = model(**one)["losses"]
+        found = [float(value) for name, value in logged.items() if name.endswith("mrfr_r2")]
+        assert len(found) == 1 and abs(found[0]) <= 1

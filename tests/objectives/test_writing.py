@@ -277,6 +277,23 @@ def test_it_comes_to_answer_in_words(make, source, tmp_path):
         run.write_answer(Image.new("RGB", (48, 48)), " ")
 
 
+def test_answers_that_are_captions_too_are_written_though_a_frozen_tower_knows_them(make, source):
+    class AllKnown:  # what `States` is where every text of the table is kept
+        def knows(self, texts):
+            return True
+
+        def texts(self, texts):
+            return torch.zeros(len(texts), 3, 16), torch.ones(len(texts), 3, dtype=torch.long)
+
+    model, processor = make(GenerativeVQA(answers=2))
+    samples = Samples(source, "train", processor, model.passes, seed=0, augment=False)
+    kept = Collate(processor, AllKnown(), passes=model.passes)([samples[0, row] for row in range(4)])
+    plain_one = batch(source, model, processor, range(4))
+    assert "written_question_states" in kept and "written_question_ids" not in kept
+    for name in ("written_answer0_ids", "written_answer1_mask"):
+        assert torch.equal(kept[name], plain_one[name])
+
+
 # ---------------------------------------------------------------------------------------------------------- mistakes
 
 

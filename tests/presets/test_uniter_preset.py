@@ -51,3 +51,15 @@ def test_an_equal_pair_is_nearer_than_a_random_one_and_the_plan_has_its_margins(
     plan = wra.transport_plan(wra.cosine_cost(words, words, mask, mask), mask, mask)
     torch.testing.assert_close(plan[1].sum(0), torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]), atol=1e-3, rtol=0)
     torch.testing.assert_close(plan[1].sum(1), torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]), atol=1e-3, rtol=0)
+
+
+def test_distances_are_float32_under_autocast_too():
+    torch.manual_seed(0)
+    alike = torch.randn(1, 1, 64)
+    words, cells = (alike + 0.02 * torch.randn(6, n, 64) for n in (8, 10))  # states that hardly differ, as late ones do
+    masks = torch.ones(6, 8), torch.ones(6, 10)
+    exact = wra.transport_distance(words, cells, *masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = wra.transport_distance(words.bfloat16().float(), cells.bfloat16().float(), *masks)
+        same = wra.transport_distance(words, cells, *masks)
+    assert torch.equal(same, exact) and given.dtype == torch.float32

@@ -17,8 +17,7 @@ EXAMPLE = '{"pair_id": "a.jpg", "question": "what is it?", "answers": ["lamp"]}'
 def weighted(answers: Any) -> list[tuple[str, float]]:
     """[(answer, weight)] from a word, a list of words (repeated ones weigh more), or pairs whose weights are kept.
 
-    Raises ValueError, in words for a person, for anything else and for a weight that is no soft score (0..1, and an
-    answer of weight 0 is none)."""
+    Raises ValueError, in words for a person, for anything else and for a weight that is no soft score from 0 to 1."""
     if answers is None:
         return []
     if isinstance(answers, (str, int, float, bool)):
@@ -36,9 +35,9 @@ def _weight(given: Any) -> float:
         weight = float(given)
     except (TypeError, ValueError):
         weight = math.nan
-    if not 0 < weight <= 1:
+    if not 0 <= weight <= 1:
         hint = " (to weigh by counts, repeat the word in a list)" if weight > 1 else ""
-        raise ValueError(f"not a weight: an answer's weight is above 0 and at most 1, got {_short(given)}{hint}")
+        raise ValueError(f"not a weight: an answer's weight is from 0 to 1, got {_short(given)}{hint}")
     return weight
 
 
