@@ -54,6 +54,7 @@ HIDDEN = {"mlim": (0.8, 1.0)}
 FINETUNED = ("finetune",)
 WRITES = {"blip": ("finetune-captions", "finetune-answers"), "vision_encoder_decoder": ("finetune-captions",)}
 WHICH = ("after", "without")
+RESCORED = "matching beside eight wrong texts of each row"  # of seeds scored before, the rest still counts
 ONLY_WRITES = ("vision_encoder_decoder",)
 KINDS = {"finetune": "retrieval and answers", "finetune-captions": "captions", "finetune-answers": "written answers"}
 HEADLINES = ("text to image R@1", "image to text R@1", "text to image R@1 re-ranked top 20",
@@ -141,7 +142,7 @@ def gains(values: archive.Archive, system: str, seeds: list[int]) -> dict[str, d
         for name in HEADLINES:
             pairs: list[tuple[Kept, Kept]] = [(after[name], without[name]) for after, without in both
                                               if name in after and name in without]  # fmt: skip
-            if len(pairs) < len(both):
+            if not pairs:
                 continue
             difference, by_seed = paired(pairs)
             if difference is not None:
@@ -190,18 +191,18 @@ def gained(results: dict[str, dict[int, dict[str, Any]]], more: dict[str, dict[s
         for recipe in (*recipes_of(system), *WRITES.get(system, ())):
             both = [one[recipe] for one in seeds.values()]
             for name in HEADLINES:
-                after = [one["after"]["scores"].get(name) for one in both]
-                without = [one["without"]["scores"].get(name) for one in both]
-                if not all(after) or unasked(name, recipe):
+                after, without = ([s for one in both if (s := one[which]["scores"].get(name))] for which in WHICH)
+                if not after or unasked(name, recipe):
                     continue
                 chance = after[0].get("chance")
                 value = mean(a["value"] for a in after)
                 blind = [a["blind"] for a in after if a.get("blind") is not None]
-                cells = [system, name, "" if chance is None else f"{100 * chance:.1f}",
+                few = f" ({len(after)} of {len(both)} seeds)" if len(after) < len(both) else ""
+                cells = [system, name + few, "" if chance is None else f"{100 * chance:.1f}",
                          per_cent([a["value"] for a in after]),
                          f"{value / chance:.0f}x" if chance and "R@1" in name else "",
                          f"{100 * mean(blind):.1f}" if blind else "",
-                         per_cent([w["value"] for w in without]) if all(without) else ""]  # fmt: skip
+                         per_cent([w["value"] for w in without]) if len(without) == len(after) else ""]  # fmt: skip
                 gain = more[system][recipe].get(name)
                 cells += ["", "", ""] if gain is None else [
                     f"{100 * gain['mean']:+.1f}", f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}",
@@ -369,8 +370,19 @@ def names(system: str) -> list[str]:
 
 
 def scored_by(system: str) -> tuple[str, ...]:
-    """What measures have become since the first figures: seeds that were scored otherwise are not set beside these."""
-    return ("matching beside eight wrong texts of each row",) if recipes_of(system) else ()
+    """What measures have become since the first figures."""
+    return (RESCORED,) if recipes_of(system) else ()
+
+
+def forget_matching(one: dict[str, Any], runs: list[dict[str, Kept]]) -> None:
+    """Takes what was scored in another way from a seed's figures and values."""
+    tuned = [one[recipe][which]["scores"] for recipe in FINETUNED for which in WHICH]
+    for scores in [one["pretrained"]["scores"], *tuned]:
+        for name in [name for name in scores if name.startswith("match or not")]:
+            del scores[name]
+    for measures in runs:
+        for name in [name for name in measures if name.startswith("match or not")]:
+            del measures[name]
 
 
 def add_earlier(file: Path, results: dict[str, dict[int, dict[str, Any]]], values: archive.Archive,
@@ -382,9 +394,13 @@ def add_earlier(file: Path, results: dict[str, dict[int, dict[str, Any]]], value
     for system, one in before.get("results", {}).items() if before.get("source") == source else ():
         for seed in [seed for seed in map(int, one) if seed not in results.get(system, {})]:
             runs = [(system, seed, recipe, which) for recipe, which in fine_tuned(system)]
-            if before.get("recipes", {}).get(system) != archive.digest(names(system), scored_by(system)):
-                print(f"{system}, seed {seed}: its recipes or measures have changed since; it is left out")
+            digest, scored = before.get("recipes", {}).get(system), scored_by(system)
+            if digest not in (archive.digest(names(system), scored), archive.digest(names(system))):
+                print(f"{system}, seed {seed}: its recipes have changed since; it is left out")
             elif all(run in known for run in runs):
+                if digest != archive.digest(names(system), scored):
+                    print(f"{system}, seed {seed}: its matching was scored beside one wrong text; that is left out")
+                    forget_matching(one[str(seed)], [known[run] for run in runs])
                 results.setdefault(system, {})[seed] = one[str(seed)]
                 values |= {run: known[run] for run in runs}
 

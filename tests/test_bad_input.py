@@ -438,7 +438,7 @@ def test_a_folder_of_ones_own_is_no_run_folder(shapes, text_tower, tmp_path):
     with pytest.raises(UserError, match=r"mine holds files that are no run's \(README\.md"):
         train(toy_settings(shapes, text_tower, mine, steps=2))
     assert [file.name for file in mine.iterdir()] == ["README.md"]
-    with pytest.raises(UserError, match="README.md is a file"):
+    with pytest.raises(UserError, match=r"README\.md is a file"):
         train(toy_settings(shapes, text_tower, mine / "README.md", steps=2))
     with pytest.raises(UserError, match="cannot be made"):
         train(toy_settings(shapes, text_tower, mine / "README.md" / "run", steps=2))
@@ -460,7 +460,7 @@ def test_rows_of_one_group_teach_no_matching(shapes, text_tower, tmp_path):
 
 def test_answers_that_are_given_have_to_be_answers(shapes, text_tower, tmp_path):
     settings = toy_settings(shapes, text_tower, tmp_path / "run", steps=2)
-    for given, said in ((["foo", "bar"], "none of objectives.vqa.answers"), ([1, 2], "list of different texts"),
+    for given, said in ((["foo", "baz"], "none of objectives.vqa.answers"), ([1, 2], "list of different texts"),
                         ("red", "list of different texts"), (["red", "red"], "list of different texts")):  # fmt: skip
         settings.objectives["vqa"] = {"answers": given}
         with pytest.raises(UserError, match=said):

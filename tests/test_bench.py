@@ -247,7 +247,8 @@ def test_a_seed_that_is_in_the_archive_is_not_lost_when_another_is_measured(tmp_
     one = Kept(np.array([1.0, 0.0]), np.array([3, 5]), np.array(["a", "b"]))
     known = {("uniter", 0, "finetune", which): {"answers, accuracy": one} for which in systems.WHICH}
     archive.save(tmp_path / "figures.npz", known)
-    before = {"source": "mine", "recipes": {"uniter": archive.digest(systems.names("uniter"))},
+    now = archive.digest(systems.names("uniter"), systems.scored_by("uniter"))
+    before = {"source": "mine", "recipes": {"uniter": now},
               "results": {"uniter": {"0": {"finetune": "as it was"}}}}  # fmt: skip
     (tmp_path / "figures.json").write_text(json.dumps(before))
     results, values = {"uniter": {1: {"finetune": "new"}}}, {}
@@ -258,3 +259,22 @@ def test_a_seed_that_is_in_the_archive_is_not_lost_when_another_is_measured(tmp_
     results = {"uniter": {1: {"finetune": "new"}}}
     systems.add_earlier(tmp_path / "figures.json", results, {}, "mine")
     assert list(results["uniter"]) == [1]  # its recipe is not what it was
+
+
+def test_matching_that_was_scored_in_another_way_is_not_set_beside_todays(tmp_path):
+    from bench import archive, systems
+    from interlace.held import Kept
+
+    one, match = Kept(np.array([1.0, 0.0]), np.array([3, 5]), np.array(["a", "b"])), "match or not, balanced accuracy"
+    archive.save(tmp_path / "figures.npz", {("uniter", 0, "finetune", which): {"answers, accuracy": one, match: one}
+                                            for which in systems.WHICH})  # fmt: skip
+    scores = {"scores": {match: 1, "answers, accuracy": 2}}
+    (tmp_path / "figures.json").write_text(json.dumps({
+        "source": "mine", "recipes": {"uniter": archive.digest(systems.names("uniter"))},
+        "results": {"uniter": {"0": {"pretrained": scores, "finetune": {"after": scores, "without": scores}}}},
+    }))  # fmt: skip
+    results, values = {}, {}
+    systems.add_earlier(tmp_path / "figures.json", results, values, "mine")
+    left = {"scores": {"answers, accuracy": 2}}
+    assert results["uniter"][0] == {"pretrained": left, "finetune": {"after": left, "without": left}}
+    assert [list(measures) for measures in values.values()] == [["answers, accuracy"]] * 2
