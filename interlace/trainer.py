@@ -48,6 +48,7 @@ def read_skipped(files: list[Path]) -> dict[str, str]:
 
 
 def write_skipped(file: Path, skipped: dict[str, str], mode: str = "w") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, mode, encoding="utf-8") as stream:
         stream.writelines(json.dumps({"id": row, "reason": why}) + "\n" for row, why in skipped.items())
 

@@ -129,7 +129,7 @@ def test_a_table_smaller_than_a_batch_gets_advice_that_can_be_followed(rows, men
         Image.new("RGB", (64, 64), (20 * n, 0, 0)).save(tmp_path / f"{n}.png")
     lines = [f"{n}.png,a thing,{n},train" for n in range(rows)]
     table.write_text("\n".join(["image,caption,group,split", *lines]))
-    made = toy_settings(table, text_tower, tmp_path)
+    made = toy_settings(table, text_tower, tmp_path / "run")
     made.train.batch = 8
     with pytest.raises(UserError, match=f"has {rows} rows, fewer than one batch of 8: {mend}"):
         train(made)
