@@ -21,7 +21,7 @@ FULL = ["uniter", "vl_bert", "lxmert", "vilbert"]  # what a detector believes is
 HARD = {"itm": {"negatives": "hard"}}
 SLOWLY = {"itm": {"negatives": "hard", "alike": "momentum"}}
 MORE = {  # what no recipe of these learns by: a system, and its passes
-    "momentum": ("blip-small", [{"itc_momentum": {"size": 8, "queue": 16, "ramp": 0.0}, **SLOWLY}]),
+    "momentum": ("blip-small", [{"itc_momentum": {"queue": 16, "ramp": 0.0}, **SLOWLY}]),
     "sigmoid": ("clip-small", [{"itc_sigmoid": {"size": 8}}, HARD]),
     "hard": ("uniter-small", [{"itc": {"size": 8}}, HARD]),
     "patches": ("vilt", [{"mpp": {"mask": 0.4}}]),
