@@ -359,7 +359,8 @@ def _side(size: Any, default: int) -> int:
 # ------------------------------------------------------------------------------------------------------------ words
 
 # what tokenizers keep their words in; tokenizer_config.json holds none
-VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "dict.txt", "bpe.codes")
+VOCABULARIES = ("tokenizer.json", "vocab*", "tokenizer.model", "spiece.model", "*.bpe.model", "sentencepiece*.model",
+                "spm*.model", "*.spm", "*.tiktoken", "tekken.json", "dict.txt", "bpe.codes")  # fmt: skip
 LEAST_WORDS = 3  # beside special tokens: an empty tokenizer, as transformers makes one up, has two at the most
 
 

@@ -129,19 +129,7 @@ class NormOfSum(nn.Module):
 
     def forward(self, regions: Regions) -> Tensor:
         """Features (B, I, F), boxes (B, I, 5) -> (B, I, D)."""
-        features = self.whole_of_the_shown(self.spec.seen(regions), regions)
-        return self.dropout(self.norm(self.features(features) + self.boxes(regions.boxes)))
-
-    @staticmethod
-    def whole_of_the_shown(seen: Tensor, regions: Regions) -> Tensor:
-        """(B, I, F), zero where hidden -> the same, its first row without what is hidden: the whole picture is the mean
-        of the others, and with all others but one at hand it would tell that one. Padding is zero and not counted."""
-        if regions.hidden is None:
-            return seen
-        others, hidden = regions.features[:, 1:], regions.hidden.unsqueeze(-1)
-        real = (others != 0).any(-1).sum(1).clamp(min=1).view(-1, 1, 1)
-        taken = (others * hidden[:, 1:]).sum(1, keepdim=True) / real
-        return torch.cat([seen[:, :1] - taken.masked_fill(hidden[:, :1], 0), seen[:, 1:]], 1)
+        return self.dropout(self.norm(self.features(self.spec.seen(regions)) + self.boxes(regions.boxes)))
 
 
 @dataclass

@@ -317,3 +317,19 @@ def test_one_hidden_region_alone_spoils_no_mean(source, system):
         logged = model(**one)["losses"]
         found = [float(value) for name, value in logged.items() if name.endswith("mrfr_r2")]
         assert len(found) == 1 and abs(found[0]) <= 1
+
+
+def test_the_whole_picture_does_not_tell_what_is_hidden(system):
+    image = system("vilbert")[0].image.eval()
+    cells = len(image.boxes) - 1
+    states = torch.randn(2, cells, image.tower.config.hidden_sizes[-1], generator=torch.Generator().manual_seed(0))
+    other = states.clone()
+    other[0, 2] += 1
+    other[1, 0] += 1
+    hidden = torch.zeros(2, 1 + cells, dtype=torch.bool)
+    hidden[0, 3] = hidden[1, 1] = True
+    with torch.no_grad():
+        read, again = (image(None, states=given, hidden=hidden) for given in (states, other))
+        assert torch.equal(read, again)
+        assert not torch.allclose(image(None, states=states)[:, 0], image(None, states=other)[:, 0], atol=1e-3)
+        assert not torch.allclose(read[:, 0], image(None, states=states)[:, 0], atol=1e-4)

@@ -100,28 +100,3 @@ def test_a_task_needs_no_position_and_too_long_a_text_is_explained(twelve):
     assert twelve.text(ids).shape == (1, 25, 32)
     with pytest.raises(UserError, match="a text of 25 tokens, but the model has 24 positions"):
         twelve.text(torch.ones(1, 25, dtype=torch.long))
-
-
-def test_the_whole_picture_does_not_tell_what_is_hidden():
-    torch.manual_seed(0)
-    embedder = vilbert.tiny().image.build().eval()
-    size = vilbert.tiny().image.features
-    others = torch.randn(2, 5, size)
-    others[1, 4] = 0  # padding
-    hidden = torch.zeros(2, 6, dtype=torch.bool)
-    hidden[0, 2] = hidden[1, 1] = True
-    boxes = torch.rand(2, 6, 5)
-
-    def read(others, hidden):
-        real = (others != 0).any(-1, keepdim=True)
-        whole = others.sum(1, keepdim=True) / real.sum(1, keepdim=True)
-        return embedder(Regions(torch.cat([whole, others], 1), boxes, hidden))
-
-    other = others.clone()
-    other[0, 1], other[1, 0] = torch.randn(size), torch.randn(size)
-    assert torch.allclose(read(others, hidden), read(other, hidden), atol=1e-5)
-    assert not torch.allclose(read(others, None)[:, 0], read(other, None)[:, 0], atol=1e-2)
-    zeroed = others.masked_fill(hidden[:, 1:, None], 0)  # as in the release
-    count = (others != 0).any(-1, keepdim=True).sum(1, keepdim=True)
-    plain = embedder(Regions(torch.cat([zeroed.sum(1, keepdim=True) / count, zeroed], 1), boxes))
-    assert torch.allclose(read(others, hidden), plain, atol=1e-5)
