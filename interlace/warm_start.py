@@ -78,16 +78,16 @@ def align_stems(model: VLModel, states: States, source: Source, processor: Proce
     mean_text, mean_picture = texts.mean(0), pictures.mean(0)
     _, _, directions = np.linalg.svd(texts - mean_text, full_matrices=True)
     wide = min(project.out_features, project.in_features)
-    weight = torch.zeros_like(project.weight)
-    weight[:wide] = torch.from_numpy(directions[:wide].astype(np.float32))
-    project.weight.copy_(weight)
-    project.bias.copy_(-weight @ torch.from_numpy(mean_text).to(weight))
-    target = (texts - mean_text) @ weight.cpu().numpy().T  # (N, D)
+    weight = np.zeros((project.out_features, project.in_features), np.float32)
+    weight[:wide] = directions[:wide]
+    project.weight.copy_(torch.from_numpy(weight))  # computed here, copied to whatever device the model is on
+    project.bias.copy_(torch.from_numpy(-weight @ mean_text))
+    target = (texts - mean_text) @ weight.T  # (N, D)
 
-    solved = _ridge(pictures - mean_picture, target, strength)  # (C, D)
+    solved = _ridge(pictures - mean_picture, target, strength).astype(np.float32)  # (C, D)
     image = cast(ImageTower, model.image).project
-    image.weight.copy_(torch.from_numpy(solved.T.astype(np.float32)))
-    image.bias.copy_(-image.weight @ torch.from_numpy(mean_picture).to(image.weight))
+    image.weight.copy_(torch.from_numpy(solved.T))
+    image.bias.copy_(torch.from_numpy(-mean_picture @ solved))
     return float(strength)
 
 

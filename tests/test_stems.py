@@ -11,11 +11,14 @@ from safetensors.torch import load_file
 
 from interlace import towers
 from interlace.compose import Composition, compose
+from interlace.data.sources import open_source
+from interlace.data.states import frozen_states
 from interlace.errors import UserError
 from interlace.layers import Co, Joint
 from interlace.model import VLModel
 from interlace.objectives import ITC, ITM
 from interlace.train import train
+from interlace.warm_start import align_stems
 from tests.conftest import learning_settings
 from tests.test_towers import IMAGE_TOWERS, TEXT_TOWERS
 
@@ -177,3 +180,19 @@ def test_a_text_longer_than_the_tower_s_positions(text, folders, tmp_path):
     with pytest.raises(UserError, match=f"max_length is {longest + 1}, but .* takes at most {longest} tokens"):
         compose(Composition(text=str(tmp_path), image="patches", patch=8, layers=2, width=24, heads=4, size=32,
                             max_length=longest + 1), [ITM()])  # fmt: skip
+
+
+def test_stems_are_aligned_wherever_the_model_lies(shapes, text_tower, image_tower, monkeypatch, tmp_path):
+    monkeypatch.setenv("INTERLACE_CACHE", str(tmp_path))
+    source = open_source(shapes)
+    what = Composition(text=str(text_tower), image=str(image_tower), layers=2, width=24, heads=4, size=48,
+                       max_length=16)  # fmt: skip
+    model, processor = compose(what, [ITC(size=8)])
+    model.freeze("text", "image")
+    states = frozen_states(model, processor, source, "train", 1, 1e9)
+    here = align_stems(model, states, source, processor)
+    weights = [stem.project.weight.clone() for stem in (model.text, model.image)]
+    assert here and all(weight.abs().sum() > 0 for weight in weights)
+    for stem in (model.text, model.image):  # a device whose tensors no CPU tensor may be mixed with, nor be read back
+        stem.project.to("meta")
+    assert align_stems(model, states, source, processor) == here
