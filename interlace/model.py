@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from interlace.config import VLConfig
 from interlace.decoder import TextDecoder
 from interlace.embed.base import Pooler, pool
-from interlace.embed.regions import Regions, check_boxes
+from interlace.embed.regions import Regions, check_boxes, whole_of_shown
 from interlace.errors import UserError
 from interlace.heads import Contrast, build_head
 from interlace.loading import LoadedWhole
@@ -300,6 +300,8 @@ class VLModel(LoadedWhole, PreTrainedModel):
         if hidden is not None:
             if isinstance(pixels, Regions):
                 pixels = pixels._replace(hidden=hidden)
+                if getattr(self.image, "whole_of_shown", False):
+                    pixels = whole_of_shown(pixels, mask)
             elif getattr(self.image, "hides", False):
                 given["hidden"] = hidden
             else:

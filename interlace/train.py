@@ -407,9 +407,8 @@ COMPARE_ROWS = ("itc", "itc_momentum", "itc_sigmoid", "itm")
 def _several_groups(source: Source, passes: list[Pass]) -> None:
     """Raises UserError where an objective tells pairs apart, and all rows of the training split are one group."""
     names = [o.name for one in passes for o, _ in one.objectives if o.name in COMPARE_ROWS]
-    rows = source.indices("train")
-    first = source.group(int(rows[0]))
-    if names and all(source.group(int(row)) == first for row in rows):  # ends at the second group
+    rows = np.asarray(source.indices("train"))
+    if names and len(np.unique(np.asarray(source.group_codes)[rows])) < 2:
         raise UserError(f"{names[0]} tells pairs of different groups apart, and all {len(rows)} training rows of "
                         f"{source.name} are one group (the same `group` cell, caption or picture): give the products "
                         f"groups of their own, or leave out {', '.join(sorted(set(names)))}.")  # fmt: skip
@@ -512,12 +511,12 @@ def finish(out: Path, settings: Settings, learner: Learner, processor: Processor
     from interlace.evaluate import evaluate, fit_match, fit_match_weight, fit_temperature
 
     answers: list[str] = next((o.answers for o, _ in learner.objectives if o.name in WITH_ANSWERS), [])  # type: ignore
+    skipped = list_of_all_ranks(settings)
     facts = {"name": out.name, "system": settings.model.system or _system_of(settings.model.start),
              "steps": trainer.state.global_step, "train_seconds": train_seconds(out / LOG),
              "parameters": sum(p.numel() for p in learner.parameters()),
              "trained": sum(p.numel() for p in learner.parameters() if p.requires_grad),
-             "skipped": len(skipped := list_of_all_ranks(settings)), "data": source.name,
-             "data_fingerprint": source.fingerprint}  # fmt: skip
+             "skipped": len(skipped), "data": source.name, "data_fingerprint": source.fingerprint}  # fmt: skip
     if skipped:
         print(f"{len(skipped)} pictures could not be read and were skipped: {skipped_file(settings)}")
     plot_losses(out / LOG, out / "loss.png")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from interlace import towers
 from interlace.embed.base import Embedder, embedder_from_dict
-from interlace.embed.regions import RegionEmbedder, Regions, ViLBERTRegions, seven
+from interlace.embed.regions import RegionEmbedder, Regions, seven, whole_of_shown
 from interlace.embed.stem import check_square, empty_tower
 from interlace.embed.words import WordEmbedding
 from interlace.errors import UserError
@@ -89,7 +89,6 @@ class GridTower(nn.Module):
         if not isinstance(inner, RegionEmbedder):
             raise UserError(f"{inner.name!r} reads no regions: give the embedder of a system that does.")
         self.regions = inner.build()
-        self.whole_of_shown = isinstance(inner, ViLBERTRegions)  # VL-BERT's release takes the mean of all
         self.prefix, self.whole, self.grid, self.size = spec.prefix, spec.whole, spec.grid, spec.size
         corners = grid_boxes(spec.rows, spec.columns)
         if spec.whole:
@@ -112,12 +111,9 @@ class GridTower(nn.Module):
                 hidden: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """(B, 3, S, S), normalised -> what the paper's embedder gives. `states` (B, I, C): what the tower said, kept
         from before. `hidden` (B, I or 1+I) bool: regions to be guessed."""
-        states = self.states(pixels) if states is None else states  # type: ignore[arg-type]
-        features = self.features(states)
-        if self.whole_of_shown and hidden is not None:
-            # beside all cells but one the mean of all would tell that one; 12-in-1 counts hidden ones as zero, too
-            shown = states.masked_fill(hidden[:, -states.shape[1] :].unsqueeze(-1), 0)
-            features = torch.cat([shown.mean(1, keepdim=True), states], 1)
+        features = self.features(self.states(pixels) if states is None else states)  # type: ignore[arg-type]
         boxes = self.boxes.to(features.dtype).expand(len(features), -1, -1) if self.boxes.shape[-1] else None
         regions = Regions(features, boxes, hidden)
+        if getattr(self.regions, "whole_of_shown", False):
+            regions = whole_of_shown(regions)
         return self.regions(regions, words) if self.reads_words else self.regions(regions)

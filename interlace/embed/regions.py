@@ -24,6 +24,19 @@ class Regions(NamedTuple):
     words: Tensor | None = None  # (B, I, A), positions of the words that name a region, -1 = none
 
 
+def whole_of_shown(regions: Regions, mask: Tensor | None = None) -> Regions:
+    """Regions (B, I, F), the first the whole picture, mask (B, I) -> the same, the whole made anew of those that are
+    shown. Beside all others but one a mean of all would tell that one. Hidden ones count as zero, as in 12-in-1's
+    release."""
+    if regions.hidden is None:
+        return regions
+    features, hidden = regions.features, regions.hidden
+    real = torch.ones_like(hidden) if mask is None else mask.bool()
+    shown = features[:, 1:] * (real & ~hidden)[:, 1:].unsqueeze(-1)
+    whole = shown.sum(1, keepdim=True) / real[:, 1:].sum(1).clamp(min=1).view(-1, 1, 1)
+    return regions._replace(features=torch.cat([whole, features[:, 1:]], 1))
+
+
 BESIDE = 0.01  # of the picture's side that a box may reach beyond it, by rounding
 
 
@@ -120,6 +133,8 @@ class ViLBERTRegions(RegionEmbedder):
 
 
 class NormOfSum(nn.Module):
+    whole_of_shown = True  # VL-BERT's release takes the mean of all, hidden or not
+
     def __init__(self, spec: ViLBERTRegions):
         super().__init__()
         size, self.spec = spec.width.size, spec

@@ -100,3 +100,29 @@ def test_a_task_needs_no_position_and_too_long_a_text_is_explained(twelve):
     assert twelve.text(ids).shape == (1, 25, 32)
     with pytest.raises(UserError, match="a text of 25 tokens, but the model has 24 positions"):
         twelve.text(torch.ones(1, 25, dtype=torch.long))
+
+
+def test_the_whole_picture_of_stored_regions_does_not_tell_what_is_hidden():
+    torch.manual_seed(0)
+    model = VLModel(vilbert.tiny()).eval()
+    g = torch.Generator().manual_seed(1)
+    others, boxes = torch.randn(2, 5, 20, generator=g), ordered(torch.rand(2, 6, 5, generator=g))
+    mask, hidden = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
+    mask[1, 5] = False
+    hidden[0, 2] = hidden[1, 1] = True
+
+    def read(others, hide=True):
+        real = mask[:, 1:, None]
+        whole = (others * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)  # as the collator makes it
+        regions = Regions(torch.cat([whole, others], 1), boxes)
+        return model.half_image(regions, mask, hidden=hidden if hide else None).states[mask]
+
+    other = others.clone()
+    other[0, 1] += 1
+    other[1, 0] += 1
+    padded = others.clone()
+    padded[1, 4] += 1
+    with torch.no_grad():
+        assert torch.allclose(read(others), read(other), atol=1e-6)
+        assert torch.allclose(read(others), read(padded), atol=1e-6)
+        assert (read(others, False)[0] - read(other, False)[0]).abs().max() > 1e-3
