@@ -29,3 +29,9 @@ def first_line(error: BaseException) -> str:
     """What another library's error says first; its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def shown(given: object) -> str:
+    """`"'shop.csv' (str)"`: what came, short and on one line, and its type."""
+    text = " ".join(repr(given).split())  # that of an array or a data frame has many lines
+    return f"{text if len(text) <= 60 else text[:60] + '...'} ({type(given).__name__})"

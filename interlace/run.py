@@ -22,11 +22,12 @@ from torch import Tensor
 
 from interlace import __version__
 from interlace.config import VLConfig
-from interlace.data.pictures import BadPicture, open_picture, to_rgb
+from interlace.data.pictures import open_picture
 from interlace.data.processor import PROCESSOR_FILE, Processor, damaged, read_part
 from interlace.data.rows import Picture
 from interlace.embed.regions import Regions
-from interlace.errors import UserError
+from interlace.errors import UserError, shown
+from interlace.given import as_picture, check_questions, several
 from interlace.model import Half, VLModel
 from interlace.regions.arrays import RegionArrays
 from interlace.regions.base import RegionSource, Shown
@@ -223,7 +224,7 @@ class Run:
     def _words(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         for text in texts:
             if not isinstance(text, str):
-                raise UserError(f"expected a text, got {_shown(text)}.")
+                raise UserError(f"expected a text, got {shown(text)}.")
         ids, mask = self.processor.texts(texts)
         return ids.to(self.model.device), mask.to(self.model.device)
 
@@ -257,7 +258,7 @@ class Run:
         """The image stream just before fusion; of a model that reads regions, the extractor finds them first, where
         they are not given. `for_vector`: nobody will read it but the model's `alone`. Raises UserError for what is no
         picture."""
-        pictures = [_picture(picture) for picture in pictures]
+        pictures = [picture if isinstance(picture, RegionArrays) else as_picture(picture) for picture in pictures]
         if not self.processor.regions:
             return self.model.half_image(self._pixels(cast(Any, pictures)), for_vector=for_vector)
         new = [picture for picture in pictures if isinstance(picture, Image.Image)]
@@ -277,15 +278,15 @@ class Run:
     def encode_texts(self, texts: Iterable[str], batch: int = 128) -> np.ndarray:
         """-> (N, D) float32, L2-normalised. Raises UserError for anything but texts, and when the run has no contrast
         head."""
-        several = chunks(_several(texts, "texts"), batch)
-        parts = [self.model.encode_text(*self._words(chunk)).float().cpu().numpy() for chunk in several]
+        lists = chunks(several(texts, "texts"), batch)
+        parts = [self.model.encode_text(*self._words(one)).float().cpu().numpy() for one in lists]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
     @torch.inference_mode()
     def encode_pictures(self, pictures: Iterable[Image.Image], batch: int = 32) -> np.ndarray:
         """-> (N, D) float32, L2-normalised; any iterable, only one batch of it is held at a time. Pictures of any mode;
         raises UserError for what is none, such as a path."""
-        halves = (self.half_image(chunk, for_vector=True) for chunk in chunks(_several(pictures, "pictures"), batch))
+        halves = (self.half_image(chunk, for_vector=True) for chunk in chunks(several(pictures, "pictures"), batch))
         parts = [self.model.alone(half, "image").float().cpu().numpy() for half in halves]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
@@ -299,7 +300,7 @@ class Run:
             raise UserError(f"the run in {self.folder} has no match head: train it with the itm objective.")
         half, out = self.model.half_text(*self._words([text])), []
         vector = self.model.alone(half, "text") if self.dim else None  # (1, D)
-        for chunk in chunks(_several(pictures, "pictures"), batch):
+        for chunk in chunks(several(pictures, "pictures"), batch):
             image = self.half_image(chunk)
             cosine = None if vector is None else (vector * self.model.alone(image, "image")).sum(-1)
             logits = self.match_logits(half.rows(torch.zeros(len(chunk), dtype=torch.long)), image, cosine)
@@ -336,7 +337,7 @@ class Run:
         """One question each -> (N, A) logits over the answer list. A picture that stands there several times (the same
         object) is encoded once."""
         self._needs_answers()
-        words = self.model.half_text(*self._words(_several(questions, "questions")))
+        words = self.model.half_text(*self._words(several(questions, "questions")))
         out = self.model.fuse(words, self._each(pictures), asked=self.model.asked_by("answers"))
         return self.model.heads["answers"](out.pooled_text, out.pooled_image).float()
 
@@ -349,7 +350,7 @@ class Run:
     def answer(self, picture: Image.Image, question: str, allowed: list[str] | None = None) -> list[tuple[str, float]]:
         """Answers with their probabilities, best first; they sum to 1 over the allowed ones and never leave the list.
         Raises UserError for an empty question or an allowed answer the run does not know."""
-        _ask([question])
+        check_questions([question])
         keep = self.allowed(allowed)
         logits = self.answer_logits([picture], [question])[0, keep]
         probabilities = (logits / self.temperature).softmax(-1).tolist()
@@ -363,7 +364,7 @@ class Run:
         if allowed is None:
             return list(range(len(self.answers)))
         index = {a.lower(): n for n, a in enumerate(self.answers)}
-        allowed = _several(allowed, "answers")
+        allowed = several(allowed, "answers")
         unknown = [a for a in allowed if a.strip().lower() not in index]
         if unknown or not allowed:
             hint = suggest(unknown[0].strip().lower(), index) if unknown else ""
@@ -445,7 +446,7 @@ class Run:
         texts: list[str] = []
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
-            for chunk in chunks(_several(pictures, "pictures"), batch):
+            for chunk in chunks(several(pictures, "pictures"), batch):
                 ids = describe(self.model, self.half_image(chunk), torch.tensor([start, *words]), (start, end, pad),
                                max_length=most, min_length=min_length, suppress_tokens=self.never_written,
                                **way)  # fmt: skip
@@ -468,7 +469,7 @@ class Run:
             choose = ", or let it choose from its list (answer)" if self.can_answer else ""
             raise UserError(f"the run in {self.folder} does not write answers: train it with the vqa_writes objective"
                             f"{choose}.")  # fmt: skip
-        _ask(_several(questions, "questions"))
+        check_questions(several(questions, "questions"))
         with torch.inference_mode():
             read = read_for(self.model, self.model.half_text(*self._words(questions)), self._each(pictures))
             assert self.model.decoder is not None
@@ -480,40 +481,6 @@ class Run:
         """Ids (B, L) -> their words up to the first end."""
         rows = [row[: row.index(end)] if end in row else row for row in ids.tolist()]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)]
-
-
-def _several(items: Any, what: str) -> Any:
-    """What was given, where it can be a list. Raises UserError for one thing alone: the letters of a text are texts."""
-    if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-        fix = "" if items is None else ": put it into a list, [...]"
-        raise UserError(f"expected a list of {what}, got {_shown(items)}{fix}.")
-    return items
-
-
-def _ask(questions: list[str]) -> None:
-    for question in questions:
-        if not isinstance(question, str):
-            raise UserError(f"expected a question, got {_shown(question)}.")
-        if not question.strip():
-            raise UserError("the question is empty: ask something, such as \"what is it?\".")
-
-
-def _picture(given: Any) -> Seen:
-    """As opening a file gives it: 8-bit RGB, transparency over white; regions as they are."""
-    if isinstance(given, RegionArrays):
-        return given
-    if not isinstance(given, Image.Image):
-        fix = ": interlace.data.pictures.open_picture opens one" if isinstance(given, str | bytes | Path) else ""
-        raise UserError(f"expected a picture (PIL.Image.Image), got {_shown(given)}{fix}.")
-    try:
-        return to_rgb(given)
-    except (BadPicture, OSError) as error:  # Pillow reads the file of a picture when its pixels are asked for
-        raise UserError(f"a picture cannot be used: {error}.") from None
-
-
-def _shown(given: Any) -> str:
-    text = " ".join(repr(given).split())  # that of an array has many lines
-    return f"{text if len(text) <= 60 else text[:60] + '...'} ({type(given).__name__})"
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

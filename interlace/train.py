@@ -31,11 +31,21 @@ from interlace.learner import Learner
 from interlace.memory import choose_micro_batch, hold, parse_bytes
 from interlace.objectives import Objective, Pass, build_objective
 from interlace.objectives.base import check_options, check_type
+from interlace.preflight import (
+    CHECKPOINTS,
+    LOG,
+    SCHEDULES,
+    check_settings,
+    no_strangers,
+    same_data,
+    same_settings,
+    several_groups,
+)
 from interlace.product_start import align_product
 from interlace.regions.base import RegionSource
 from interlace.regions.open import open_regions
 from interlace.run import MARK, Run, save_run, write_json
-from interlace.settings import Settings, TrainSettings
+from interlace.settings import Settings
 from interlace.systems import build_from_run, build_system
 from interlace.trainer import CollapseAlarm, VLTrainer, read_skipped, skipped_file, write_skipped
 from interlace.warm_start import (
@@ -47,9 +57,6 @@ from interlace.warm_start import (
     start_features,
     start_frequencies,
 )
-
-CHECKPOINTS = "checkpoints"
-LOG = "log.jsonl"
 
 
 def answer_list(source: Source, min_count: int = 1, split: str = "train") -> list[str]:
@@ -140,12 +147,12 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     """
     out = Path(settings.train.out).expanduser()
     if (out / MARK).is_file():
-        _same_settings(out, settings)
+        same_settings(out, settings)
         print(f"{out} is finished already; choose another train.out to train again.")
         return out
     t = settings.train
-    _check(t)
-    _no_strangers(out)
+    check_settings(settings)
+    no_strangers(out)
     if t.memory:
         parse_bytes(t.memory)
         if t.accumulate != 1:
@@ -153,7 +160,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
                             "one of them out.")  # fmt: skip
     if t.batch % t.accumulate:
         raise UserError(f"train.batch {t.batch} does not divide into train.accumulate {t.accumulate} micro-batches.")
-    _same_settings(out, settings)
+    same_settings(out, settings)
     torch.manual_seed(t.seed)
     source = source or open_source(settings.data.source, columns=settings.data.columns or None,
                                    pictures=settings.data.pictures or None)  # fmt: skip
@@ -175,7 +182,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
         for objective, _ in one.objectives:
             objective.check_batch(whole, t.batch // t.accumulate, rows)
             objective.check_augment(settings.augment)
-    _several_groups(source, passes)
+    several_groups(source, passes)
     learner, processor = (make or make_learner)(settings, passes)
     learner.to(arguments.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     states, aligned = _prepare_stems(settings, source, learner, processor)
@@ -186,7 +193,7 @@ def train(settings: Settings, source: Source | None = None, make: Maker | None =
     except OSError as error:
         raise UserError(f"the run folder {out} cannot be made: {error.strerror}. Choose another train.out.") from None
     data = describe_data(source) | ({} if regions is None else {"regions": regions.fingerprint})
-    _same_data(out, data)
+    same_data(out, data)
     if arguments.process_index == 0:  # ranks that replace a file at once take it from under each other
         settings.save(out / "config.yaml")
         write_json(out / "data.json", data)
@@ -376,100 +383,6 @@ def training_arguments(settings: Settings, out: Path) -> TrainingArguments:
         activation_checkpointing=t.gradient_checkpointing,
         disable_tqdm=True,
     )
-
-
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "epochs": "constant_with_warmup",
-             "constant": "constant_with_warmup"}  # fmt: skip  "epochs" is made by VLTrainer.create_scheduler
-
-
-def _check(t: TrainSettings) -> None:
-    """Raises UserError for a number, a schedule or an optimiser that there is not."""
-    least = {"batch": 1, "accumulate": 1, "log_every": 1, "checkpoint_every": 1, "steps": 0, "lr": 0, "text_lr": 0,
-             "image_lr": 0, "start_lr": 0, "aligned_lr": 0, "weight_decay": 0, "clip": 0}  # fmt: skip
-    for name, smallest in least.items():
-        if getattr(t, name) < smallest:
-            raise UserError(f"train.{name} is at least {smallest}; got {getattr(t, name)}.")
-    if not t.steps and t.epochs <= 0:
-        raise UserError(f"train.epochs is above 0 where train.steps does not say how long; got {t.epochs}.")
-    if t.schedule not in SCHEDULES:
-        raise UserError(f"train.schedule is {', '.join(SCHEDULES)}; got {t.schedule!r}."
-                        f"{suggest(t.schedule, SCHEDULES)}")  # fmt: skip
-    if len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
-        raise UserError(f"train.betas are two numbers from 0 to below 1, such as [0.9, 0.98]; got {t.betas}.")
-    if t.eps <= 0 or t.warmup < 0 or not 0 < t.epoch_factor <= 1:
-        raise UserError(f"train.eps is above 0, train.warmup not below, and train.epoch_factor above 0 and at most 1; "
-                        f"got {t.eps}, {t.warmup} and {t.epoch_factor}.")  # fmt: skip
-
-
-COMPARE_ROWS = ("itc", "itc_momentum", "itc_sigmoid", "itm")
-
-
-def _several_groups(source: Source, passes: list[Pass]) -> None:
-    """Raises UserError where an objective tells pairs apart, and all rows of the training split are one group."""
-    names = [o.name for one in passes for o, _ in one.objectives if o.name in COMPARE_ROWS]
-    rows = np.asarray(source.indices("train"))
-    if names and len(np.unique(np.asarray(source.group_codes)[rows])) < 2:
-        raise UserError(f"{names[0]} tells pairs of different groups apart, and all {len(rows)} training rows of "
-                        f"{source.name} are one group (the same `group` cell, caption or picture): give the products "
-                        f"groups of their own, or leave out {', '.join(sorted(set(names)))}.")  # fmt: skip
-
-
-def _no_strangers(out: Path) -> None:
-    """A run writes a README.md, a config.json and more. Raises UserError for a folder that holds other things than a
-    run's, and for a file."""
-    if out.is_file():
-        raise UserError(f"train.out is a folder, and {out} is a file: choose another train.out.")
-    held = {file.name for file in out.iterdir() if file.name[0] != "."} if out.is_dir() else set()
-    begun = {"config.yaml", "data.json"}
-    if held - begun and not begun <= held:
-        raise UserError(f"{out} holds files that are no run's ({', '.join(sorted(held - begun)[:3])}, ...), and a run "
-                        "writes a README.md, a config.json and others: choose another train.out.")  # fmt: skip
-
-
-def _same_settings(out: Path, settings: Settings) -> None:
-    """A folder belongs to one experiment, from its first step on: a run that failed before one leaves nothing that
-    other settings could spoil. Raises UserError naming the first settings that differ."""
-    import yaml
-
-    file = out / "config.yaml"
-    begun = (out / MARK).is_file() or (out / LOG).is_file() or (out / CHECKPOINTS).is_dir()
-    if not (file.is_file() and begun):
-        return
-    now, before = _flat(settings.to_dict()), _flat(yaml.safe_load(file.read_text()))
-    # what an older version did not write had today's default
-    defaults = {k: v for k, v in _flat(Settings().to_dict()).items() if not k.startswith("objectives")}
-    before = {k: defaults[k] for k in now if k in defaults} | before
-    free = ("train.out", "data.workers", "train.keep_checkpoints")
-    differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(before.keys() | now.keys())
-              if before.get(k) != now.get(k) and k not in free]  # fmt: skip
-    if differ:
-        raise UserError(f"{out} holds a run with other settings ({'; '.join(differ[:3])}). Choose another train.out, "
-                        "or remove the folder.")  # fmt: skip
-
-
-def _same_data(out: Path, now: dict[str, Any]) -> None:
-    """A run that was begun goes on over the rows it began with: others would come in another order. Raises UserError
-    that says how they differ."""
-    file = out / "data.json"
-    if newest_complete(out / CHECKPOINTS, warn=lambda line: None) is None or not file.is_file():
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    if before["fingerprint"] != now["fingerprint"]:
-        counts = [f"{rows['train']} rows to train on and {rows['val'] + rows['test']} others"
-                  for rows in (before["rows"], now["rows"])]  # fmt: skip
-        how = f"it had {counts[0]}, now {counts[1]}" if counts[0] != counts[1] else "as many rows, other contents"
-        raise UserError(f"the data changed since the run in {out} began ({how}). Put back what it was, or train to "
-                        f"another train.out. If the rows are the same and only files were copied or touched, remove "
-                        f"{file} and run the same command again.")  # fmt: skip
-    if before.get("regions") != now.get("regions"):
-        raise UserError(f"the regions were made by another extractor when the run in {out} began. Give those as "
-                        "data.regions, or train to another train.out.")  # fmt: skip
-
-
-def _flat(tree: Any, at: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {at: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{at}.{key}" if at else str(key)).items()}
 
 
 def describe_data(source: Source) -> dict[str, Any]:

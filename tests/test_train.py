@@ -13,6 +13,8 @@ from interlace.data.sources import open_source
 from interlace.errors import UserError
 from interlace.evaluate import evaluate
 from interlace.run import Run, save_run
+from interlace.settings import load_settings
+from interlace.train import trainer_steps
 from tests.conftest import draw_shape, learning_settings, toy_settings
 
 
@@ -201,3 +203,10 @@ def test_a_decoder_writes_what_it_learnt_to_write(objectives, captions, answers,
     settings.objectives = objectives
     run = Run.load(train(settings))
     assert (run.can_caption, run.can_write_answers) == (captions, answers)
+
+
+def test_steps_are_counted_over_the_rows_of_all_ranks():
+    settings = load_settings("demo", ["train.steps=0", "train.epochs=20", "train.batch=64"])
+    assert trainer_steps(settings, 5120, 64) == 1600 and trainer_steps(settings, 5120, 8 * 64) == 200
+    settings.train.steps = 7
+    assert trainer_steps(settings, 5120, 64) == 7

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from interlace.bars import bar
 from interlace.data.rows import Pair, Source
-from interlace.errors import UserError
+from interlace.errors import UserError, shown
 from interlace.search import calibrate
 from interlace.search.embed import Encoder, embed, skip_of, threads
 from interlace.search.index import SKIPPED, Index, batched, check_run, remove
@@ -90,14 +90,10 @@ def build_index(
     """
     started = time.monotonic()
     if not hasattr(run, "encode_pictures"):
-        raise UserError(
-            f"Expected a loaded run, got {repr(run)[:60]} ({type(run).__name__}). Run.load(path) loads one."
-        )
+        raise UserError(f"Expected a loaded run, got {shown(run)}. Run.load(path) loads one.")
     if not hasattr(source, "indices"):
-        raise UserError(
-            f"Expected a source, got {repr(source)[:60]} ({type(source).__name__}). open_source(path) opens one: "
-            "build_index(run, open_source(path))."
-        )
+        raise UserError(f"Expected a source, got {shown(source)}. open_source(path) opens one: "
+                        "build_index(run, open_source(path)).")  # fmt: skip
     folder = Path(where) if where is not None else Path(run.folder) / "index"
     chosen = source.indices(split)
     if len(chosen) == 0:

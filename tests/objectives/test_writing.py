@@ -12,6 +12,7 @@ from interlace.compose import Composition, compose
 from interlace.config import VLConfig
 from interlace.data.batches import Collate, Samples
 from interlace.data.sources import open_source
+from interlace.data.states import frozen_states
 from interlace.errors import UserError
 from interlace.learner import Learner
 from interlace.objectives import ITM, LM, MLM, GenerativeVQA, Pass, PrefixLM
@@ -277,21 +278,26 @@ def test_it_comes_to_answer_in_words(make, source, tmp_path):
         run.write_answer(Image.new("RGB", (48, 48)), " ")
 
 
-def test_answers_that_are_captions_too_are_written_though_a_frozen_tower_knows_them(make, source):
-    class AllKnown:  # what `States` is where every text of the table is kept
-        def knows(self, texts):
-            return True
-
-        def texts(self, texts):
-            return torch.zeros(len(texts), 3, 16), torch.ones(len(texts), 3, dtype=torch.long)
-
-    model, processor = make(GenerativeVQA(answers=2))
-    samples = Samples(source, "train", processor, model.passes, seed=0, augment=False)
-    kept = Collate(processor, AllKnown(), passes=model.passes)([samples[0, row] for row in range(4)])
-    plain_one = batch(source, model, processor, range(4))
-    assert "written_question_states" in kept and "written_question_ids" not in kept
-    for name in ("written_answer0_ids", "written_answer1_mask"):
-        assert torch.equal(kept[name], plain_one[name])
+def test_answers_that_are_captions_too_are_written_though_a_frozen_tower_knows_them(make, monkeypatch, tmp_path):
+    words = ["red", "blue", "green", "black"]
+    table = tmp_path / "table.csv"
+    rows = [f"{n}.png,{word},{n},train" for n, word in enumerate(words)]
+    table.write_text("\n".join(["image,caption,group,split", *rows]))
+    asked = [{"pair_id": f"{n}.png", "question": "which?", "answers": [word]} for n, word in enumerate(words)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    for n, word in enumerate(words):
+        Image.new("RGB", (48, 48), word).save(tmp_path / f"{n}.png")
+    source = open_source(table)
+    model, processor = make(GenerativeVQA(answers=1))
+    model.freeze("text")
+    monkeypatch.setenv("INTERLACE_CACHE", str(tmp_path / "cache"))
+    states = frozen_states(model, processor, source, "train", 1, 1e9)
+    samples = Samples(source, "train", processor, model.passes, seed=0, augment=False, states=states)
+    kept = Collate(processor, states, passes=model.passes)([samples[0, row] for row in range(4)])
+    assert states.knows(words) and "written_question_states" in kept and "written_question_ids" not in kept
+    written = processor.tokenizer.batch_decode(kept["written_answer0_ids"], skip_special_tokens=True)
+    assert written == words
+    assert model(**kept)["losses"]["vqa_writes"] > 0
 
 
 # ---------------------------------------------------------------------------------------------------------- mistakes

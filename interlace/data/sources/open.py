@@ -18,7 +18,7 @@ from interlace.data.sources.questions import read_questions
 from interlace.data.sources.tables import read_csv
 from interlace.data.sources.vqa import as_questions, is_question_table, read_vqa2
 from interlace.data.sources.webdataset import braces, read_shards
-from interlace.errors import UserError, suggest
+from interlace.errors import UserError, shown, suggest
 
 TABLES: dict[str, Callable[[Path, str], Raw]] = {
     ".csv": read_csv,
@@ -61,11 +61,11 @@ def open_source(
     for part in source if isinstance(source, list | tuple) else [source]:
         if not isinstance(part, str | Path):
             raise UserError(
-                f"Expected a sample's name, a path to pictures and texts, or a list of these; got {_shown(part)}."
+                f"Expected a sample's name, a path to pictures and texts, or a list of these; got {shown(part)}."
             )
     if columns is not None and not isinstance(columns, Mapping):
         raise UserError(
-            f"Expected columns as a mapping of roles to names, such as {{'caption': 'title'}}; got {_shown(columns)}."
+            f"Expected columns as a mapping of roles to names, such as {{'caption': 'title'}}; got {shown(columns)}."
         )
     if split is not None and split not in SPLITS:
         raise UserError(f"No split {split!r}; the splits are {', '.join(SPLITS)}.{suggest(split, SPLITS)}")
@@ -80,11 +80,6 @@ def open_source(
     keep_only_telling_splits(raws)
     opened = [build(raw, columns, split, folder) for raw in raws]
     return opened[0] if len(opened) == 1 else join(opened)
-
-
-def _shown(given: object) -> str:
-    text = " ".join(repr(given).split())  # that of a data frame has many lines
-    return f"{text if len(text) <= 60 else text[:60] + '...'} ({type(given).__name__})"
 
 
 def _names(source: str | Path) -> list[str | Path]:
